@@ -1,0 +1,171 @@
+"""What a model is, as far as its placement goes: bytes of each layer, attention geometry, experts.
+
+A profile is built from a GGUF's metadata and tensor table, whichever way those were read (the file's header or Ollama's
+``/api/show``). Tensors are put into the classes that llama.cpp places them by (``llm_tensor_info`` in
+``src/llama-arch.cpp``): input tensors stay on the host, ``blk.N.*`` go with their layer, the rest go with the output layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from planner.quantization import GgmlType
+
+Scalar = str | int | float | bool
+Metadata = Mapping[str, Scalar | tuple[Scalar, ...]]
+"""GGUF key/value pairs; long arrays (the vocabulary) may be left out."""
+
+INPUT_TENSORS = frozenset(
+    {"token_embd", "token_embd_norm", "token_types", "position_embd", "per_layer_token_embd", "altup_proj", "altup_unembd_proj"}
+)
+"""Tensors read once per token on the way in; llama.cpp keeps those of layer class ``INPUT`` on the host."""
+
+_LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
+_EXPERT = re.compile(r"_(?:ch)?exps(?:\.|$)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """One row of a GGUF's tensor table; ``shape`` has the contiguous dimension first."""
+
+    name: str
+    type: GgmlType
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its data, padding left out."""
+        return self.type.tensor_bytes(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """Weights of one repeating layer, in bytes. ``expert_bytes`` are the routed experts; shared experts are in ``ffn_bytes``."""
+
+    attention_bytes: int
+    ffn_bytes: int
+    expert_bytes: int
+    other_bytes: int
+
+    @property
+    def weights_bytes(self) -> int:
+        """All parts together."""
+        return self.attention_bytes + self.ffn_bytes + self.expert_bytes + self.other_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelProfile:
+    """One model, immutable. ``metadata`` and ``tensors`` are kept for what only the memory model needs."""
+
+    architecture: str
+    name: str
+    file_bytes: int
+    layers: tuple[Layer, ...]
+    input_bytes: int
+    output_bytes: int
+    metadata: Metadata = field(repr=False)
+    tensors: tuple[Tensor, ...] = field(repr=False)
+
+    @property
+    def n_layers(self) -> int:
+        """Repeating layers; llama.cpp counts the output layer as one more."""
+        return len(self.layers)
+
+    def integer(self, key: str, default: int = 0) -> int:
+        """The architecture's integer ``key`` (``attention.head_count``); of a per-layer array, the largest."""
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if isinstance(value, tuple):
+            return max((int(v) for v in value), default=default)
+        return int(value)
+
+    def per_layer(self, key: str, default: int = 0) -> tuple[int, ...]:
+        """The architecture's integer ``key`` for each layer: an array as it is, a scalar repeated."""
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if isinstance(value, tuple):
+            values = tuple(int(v) for v in value)[: self.n_layers]
+            return values + (default,) * (self.n_layers - len(values))
+        return (int(value),) * self.n_layers
+
+    @property
+    def embedding_length(self) -> int:
+        """Width of the hidden state."""
+        return self.integer("embedding_length")
+
+    @property
+    def context_train(self) -> int:
+        """Trained context in tokens, 0 where the file does not say."""
+        return self.integer("context_length")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: what llama.cpp calls ``n_vocab``, also where the vocabulary itself was left out."""
+        for tensor in self.tensors:
+            if tensor.name == "token_embd.weight" and len(tensor.shape) > 1:
+                return tensor.shape[1]
+        return self.integer("vocab_size")
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of a layer, 0 for a dense model."""
+        return self.integer("expert_count")
+
+    @property
+    def experts_used(self) -> int:
+        """Routed experts that one token goes through."""
+        return self.integer("expert_used_count")
+
+    @property
+    def weights_bytes(self) -> int:
+        """All weights that a GPU can hold: the repeating layers and the output layer."""
+        return sum(layer.weights_bytes for layer in self.layers) + self.output_bytes
+
+
+def build_profile(*, metadata: Metadata, tensors: Iterable[Tensor], file_bytes: int, name: str = "") -> ModelProfile:
+    """A profile from GGUF ``metadata`` and its tensor table; ``file_bytes`` is the blob's whole size.
+
+    Raises ``ValueError`` where the file names no architecture or has no repeating layers: such a file is no language model.
+    """
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ValueError("the metadata name no general.architecture")
+    rows = tuple(tensors)
+    parts: defaultdict[int, dict[str, int]] = defaultdict(lambda: dict.fromkeys(("attention", "ffn", "expert", "other"), 0))
+    input_bytes = output_bytes = embedding_bytes = 0
+    has_output = False
+    for tensor in rows:
+        if match := _LAYER.match(tensor.name):
+            parts[int(match[1])][_class_of(match[2])] += tensor.bytes
+        elif (stem := tensor.name.rsplit(".", 1)[0]) in INPUT_TENSORS:
+            input_bytes += tensor.bytes
+            embedding_bytes += tensor.bytes if stem == "token_embd" else 0
+        else:
+            output_bytes += tensor.bytes
+            has_output = has_output or stem == "output"
+    if not parts:
+        raise ValueError("the tensor table holds no repeating layers (blk.N.*)")
+    if not has_output:  # tied: llama.cpp loads the embedding a second time, as the output matrix
+        output_bytes += embedding_bytes
+    layers = tuple(Layer(**{f"{key}_bytes": size for key, size in parts[i].items()}) for i in range(max(parts) + 1))
+    return ModelProfile(
+        architecture=architecture,
+        name=name or str(metadata.get("general.name", "")),
+        file_bytes=file_bytes,
+        layers=layers,
+        input_bytes=input_bytes,
+        output_bytes=output_bytes,
+        metadata=metadata,
+        tensors=rows,
+    )
+
+
+def _class_of(name: str) -> str:
+    if _EXPERT.search(name):
+        return "expert"
+    if name.startswith("ffn_"):
+        return "ffn"
+    if name.startswith(("attn_", "ssm_", "time_mix_", "shortconv")):
+        return "attention"
+    return "other"

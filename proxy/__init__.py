@@ -1,0 +1,1 @@
+"""Everything of lopsided that touches the world: HTTP, GPUs, files, the clock."""

@@ -1,0 +1,33 @@
+"""Every exception of lopsided's own.
+
+LopsidedError
+├── SettingsError      a setting has a value that is not allowed
+├── GgufError          a file is no GGUF, ends too early, or lies about its lengths
+├── ModelError         a model cannot be planned, and passes through
+├── GpuError           a source of GPUs does not answer
+└── UpstreamError      Ollama cannot be reached or breaks off
+"""
+
+
+class LopsidedError(Exception):
+    """Base of all below. The message says what happened, the numbers, and what to do next."""
+
+
+class SettingsError(LopsidedError):
+    """A setting has a value that is not allowed; names the variable, the value and what is allowed."""
+
+
+class GgufError(LopsidedError):
+    """A file is no GGUF, ends too early, or lies about its lengths."""
+
+
+class ModelError(LopsidedError):
+    """A model cannot be planned (cloud, safetensors, adapter, …); the request passes through with this reason."""
+
+
+class GpuError(LopsidedError):
+    """A source of GPUs does not answer or answers nonsense."""
+
+
+class UpstreamError(LopsidedError):
+    """Ollama cannot be reached, or broke off."""

@@ -1,0 +1,1 @@
+"""Sources of a rig: NVML, a static profile, a table of cards."""
