@@ -1,0 +1,52 @@
+# Everything a fresh clone needs is Python >= 3.11 and make: `make demo`, `make test`.
+# Each target sets up first; the stamp makes that free when nothing has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+	--python-version 3.11 --custom-compile-command "make lock" pyproject.toml
+
+.PHONY: help setup demo test lint format types wheel lock clean
+
+help:  ## what there is
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## a virtual environment in .venv with the pinned dependencies
+
+demo: $(STAMP)  ## a simulated RTX 5090 + RTX 3090: stock Ollama beside lopsided (ONCE=1 ends after the table)
+	@$(BIN)/lopsided demo $(if $(ONCE),--once)
+
+test: $(STAMP)  ## all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff's rules and formatting, nothing changed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## ruff's formatting and safe fixes, in place
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP)  ## mypy --strict
+	@$(BIN)/mypy
+
+wheel: $(STAMP)  ## dist/lopsided-*.whl
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+lock: $(STAMP)  ## pins anew what pyproject.toml asks for; UPGRADE=1 takes the newest versions
+	$(LOCK) --group dev --output-file requirements/dev.lock $(if $(UPGRADE),--upgrade)
+	$(LOCK) --constraint requirements/dev.lock --output-file requirements/runtime.lock
+
+clean:  ## removes what the targets above made
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(STAMP): requirements/dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lopsided needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make setup PYTHON=python3.12")'
+	@echo "Setting up $(VENV): the pinned dependencies, about a minute on a new machine"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --require-hashes --requirement requirements/dev.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
