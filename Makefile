@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
-	--python-version 3.11 --custom-compile-command "make lock" pyproject.toml
+	--python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
 .PHONY: help setup demo test lint format types wheel lock clean
 
@@ -37,8 +37,9 @@ wheel: $(STAMP)  ## dist/lopsided-*.whl
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 lock: $(STAMP)  ## pins anew what pyproject.toml asks for; UPGRADE=1 takes the newest versions
-	$(LOCK) --group dev --output-file requirements/dev.lock $(if $(UPGRADE),--upgrade)
-	$(LOCK) --constraint requirements/dev.lock --output-file requirements/runtime.lock
+	$(LOCK) pyproject.toml --group dev --output-file requirements/dev.lock $(if $(UPGRADE),--upgrade)
+	$(LOCK) pyproject.toml --constraint requirements/dev.lock --output-file requirements/runtime.lock
+	$(LOCK) --group build --constraint requirements/dev.lock --output-file requirements/build.lock
 
 clean:  ## removes what the targets above made
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
