@@ -11,8 +11,9 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from math import prod
+from operator import length_hint
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
@@ -31,7 +32,7 @@ MAX_ARRAY_KEPT = 1024
 """Elements; a longer array is a vocabulary, and is skipped. Per-layer arrays are far shorter."""
 MAX_HEADER_BYTES = 128 * 2**20
 """Bounds what a lying file can make us walk; the largest vocabularies of 2026 take about 20 MB."""
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**18
 
 Kind = Literal["model", "adapter", "projector", "vocabulary"]
 
@@ -335,17 +336,17 @@ class _Reader:
     def skip_strings(self, count: int, what: str) -> None:
         """Walks over ``count`` strings. A vocabulary has 10^5 to 10^6, and this loop is all of the time that a header takes."""
         length_at = _U64.unpack_from
-        left = count
-        while left:
+        while count:
             self._fill(8, what)
             window, at = self._window, self._at
+            left = repeat(None, count)
             try:
-                for left in range(left, 0, -1):  # noqa: B007, B020 (how many are left when the window ends)
+                for _ in left:
                     (length,) = length_at(window, at)
-                    at += 8 + length
-                left = 0
-            except (struct.error, OverflowError):
-                pass
+                    at += length + 8
+                count = 0
+            except (struct.error, OverflowError):  # the next length is beyond the window
+                count = length_hint(left) + 1
             self._at = at
             if self.position > self._limit:
                 self._fail(what)
