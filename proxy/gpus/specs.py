@@ -70,7 +70,7 @@ def find_card(name: str) -> Card:
     wanted = _words(name)
     if not wanted - _SERIES:
         raise _unknown(name)
-    table = [(card, _words(card.name), _size(card)) for card in cards() if "laptop" in wanted or "Laptop" not in card.name]
+    table = [row for row in _table() if "laptop" in wanted or "laptop" not in row[1]]
     extra = {card.name: len(words - {size} - wanted) for card, words, size in table if wanted - {size} <= words}
     fewest = min(extra.values(), default=0)
     for found in (
@@ -86,8 +86,14 @@ def find_card(name: str) -> Card:
     raise _unknown(name)
 
 
+@cache
+def _table() -> tuple[tuple[Card, frozenset[str], str], ...]:
+    """Each card, the words of its name, and the word for its memory's size."""
+    return tuple((card, _words(card.name), f"{card.total_bytes / GIB:g}gb") for card in cards())
+
+
 def _unknown(name: str) -> GpuError:
-    by_words = {" ".join(sorted(_words(card.name))): card.name for card in cards()}
+    by_words = {" ".join(sorted(words)): card.name for card, words, _ in _table()}
     near = difflib.get_close_matches(" ".join(sorted(_words(name))), by_words, n=_NEAREST, cutoff=0.4)
     hint = f"; near to it: {_list(by_words[words] for words in near)}" if near else ""
     return GpuError(f"no card is known as {name!r}{hint}. A card that is not in the table can be described in a profile")
@@ -104,10 +110,6 @@ def _words(name: str) -> frozenset[str]:
     text = re.sub(r"\b(rtx|gtx|rx)(?=\d)", r"\1 ", text)
     text = re.sub(r"(?<=\d)(ti|xtx|xt|super|gre)\b", r" \1", text)
     return frozenset(re.findall(r"[a-z0-9]+", text)) - _BRANDS - {"generation", "edition"}
-
-
-def _size(card: Card) -> str:
-    return f"{card.total_bytes / GIB:g}gb"
 
 
 def _card(row: dict[str, str]) -> Card:
