@@ -11,6 +11,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from planner.quantization import GgmlType
 
@@ -18,10 +20,19 @@ Scalar = str | int | float | bool
 Metadata = Mapping[str, Scalar | tuple[Scalar, ...]]
 """GGUF key/value pairs; long arrays (the vocabulary) may be left out."""
 
-INPUT_TENSORS = frozenset(
-    {"token_embd", "token_embd_norm", "token_types", "position_embd", "per_layer_token_embd", "altup_proj", "altup_unembd_proj"}
+INPUT_TENSORS = frozenset({"token_embd", "token_types", "position_embd", "per_layer_token_embd"})
+"""Tensors read once per token on the way in; llama.cpp keeps those of ``LLM_TENSOR_LAYER_INPUT`` on the host."""
+
+FIRST_LAYER_TENSORS = frozenset(
+    {"token_embd_norm", "per_layer_model_proj", "per_layer_proj_norm", "rope_freqs", "rope_factors_long", "rope_factors_short"}
 )
-"""Tensors read once per token on the way in; llama.cpp keeps those of layer class ``INPUT`` on the host."""
+"""Tensors of ``LLM_TENSOR_LAYER_REPEATING`` without a layer number: created as layer 0's (``tn(…, 0)``)."""
+
+ENCODERS = frozenset(
+    {"bert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert"}
+    | {"nomic-bert-moe"}
+)
+"""Architectures without an output matrix, so that a file without one has no tied one either."""
 
 _LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"_(?:ch)?exps(?:\.|$)")
@@ -56,9 +67,13 @@ class Layer:
         return self.attention_bytes + self.ffn_bytes + self.expert_bytes + self.other_bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelProfile:
-    """One model, immutable. ``metadata`` and ``tensors`` are kept for what only the memory model needs."""
+    """One model, immutable. ``metadata`` and ``tensors`` are kept for what only the memory model needs.
+
+    ``input_bytes`` stay on the host. ``output_bytes`` go with the output layer; ``tied_bytes`` of them are the embedding, loaded
+    a second time as the output matrix, which costs nothing where the output layer is on the host too.
+    """
 
     architecture: str
     name: str
@@ -66,6 +81,7 @@ class ModelProfile:
     layers: tuple[Layer, ...]
     input_bytes: int
     output_bytes: int
+    tied_bytes: int = 0
     metadata: Metadata = field(repr=False)
     tensors: tuple[Tensor, ...] = field(repr=False)
 
@@ -89,6 +105,10 @@ class ModelProfile:
             return values + (default,) * (self.n_layers - len(values))
         return (int(value),) * self.n_layers
 
+    def per_layer_or(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """Like ``per_layer``, with a default of its own for each layer."""
+        return self.per_layer(key) if f"{self.architecture}.{key}" in self.metadata else default
+
     @property
     def embedding_length(self) -> int:
         """Width of the hidden state."""
@@ -99,13 +119,35 @@ class ModelProfile:
         """Trained context in tokens, 0 where the file does not say."""
         return self.integer("context_length")
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Rows of the embedding: what llama.cpp calls ``n_vocab``, also where the vocabulary itself was left out."""
+        embedding = self.model_tensors.get("token_embd.weight")
+        return embedding.shape[1] if embedding and len(embedding.shape) > 1 else self.integer("vocab_size")
+
+    @cached_property
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Tensors that belong to no repeating layer, by name."""
+        return {tensor.name: tensor for tensor in self.tensors if not _LAYER.match(tensor.name)}
+
+    @cached_property
+    def layer_tensors(self) -> tuple[dict[str, Tensor], ...]:
+        """Tensors of each repeating layer, by what stands behind ``blk.N.``."""
+        layers: tuple[dict[str, Tensor], ...] = tuple({} for _ in self.layers)
         for tensor in self.tensors:
-            if tensor.name == "token_embd.weight" and len(tensor.shape) > 1:
-                return tensor.shape[1]
-        return self.integer("vocab_size")
+            if match := _LAYER.match(tensor.name):
+                layers[int(match[1])][match[2]] = tensor
+        return layers
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """Results of pure functions of this profile that are asked for again and again; empty at first."""
+        return {}
+
+    @property
+    def n_computed_layers(self) -> int:
+        """Repeating layers without those for multi-token prediction: llama.cpp's ``n_layer()``, the lowest ones."""
+        return self.n_layers - min(self.integer("nextn_predict_layers"), self.n_layers - 1)
 
     @property
     def expert_count(self) -> int:
@@ -136,26 +178,33 @@ def build_profile(*, metadata: Metadata, tensors: Iterable[Tensor], file_bytes: 
     input_bytes = output_bytes = embedding_bytes = 0
     has_output = False
     for tensor in rows:
+        stem = tensor.name.rsplit(".", 1)[0]
         if match := _LAYER.match(tensor.name):
             parts[int(match[1])][_class_of(match[2])] += tensor.bytes
-        elif (stem := tensor.name.rsplit(".", 1)[0]) in INPUT_TENSORS:
+        elif stem in FIRST_LAYER_TENSORS:
+            parts[0]["other"] += tensor.bytes
+        elif stem in INPUT_TENSORS:
             input_bytes += tensor.bytes
             embedding_bytes += tensor.bytes if stem == "token_embd" else 0
         else:
             output_bytes += tensor.bytes
             has_output = has_output or stem == "output"
-    if not parts:
+    if not any(_LAYER.match(tensor.name) for tensor in rows):
         raise ValueError("the tensor table holds no repeating layers (blk.N.*)")
-    if not has_output:  # tied: llama.cpp loads the embedding a second time, as the output matrix
-        output_bytes += embedding_bytes
-    layers = tuple(Layer(**{f"{key}_bytes": size for key, size in parts[i].items()}) for i in range(max(parts) + 1))
+    tied_bytes = 0 if has_output or architecture in ENCODERS else embedding_bytes
+    n_layers = max(parts) + 1
+    n_unused = metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    for i in range(n_layers - (n_unused if isinstance(n_unused, int) and n_unused < n_layers else 0), n_layers):
+        parts.pop(i, None)  # multi-token prediction: TENSOR_SKIP, not loaded without a draft
+    layers = tuple(Layer(**{f"{key}_bytes": size for key, size in parts[i].items()}) for i in range(n_layers))
     return ModelProfile(
         architecture=architecture,
         name=name or str(metadata.get("general.name", "")),
         file_bytes=file_bytes,
         layers=layers,
         input_bytes=input_bytes,
-        output_bytes=output_bytes,
+        output_bytes=output_bytes + tied_bytes,
+        tied_bytes=tied_bytes,
         metadata=metadata,
         tensors=rows,
     )
