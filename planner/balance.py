@@ -1,0 +1,96 @@
+"""The boost algorithm's two corrections of a fit: the output layer and the heaviest layers go to the strongest GPU.
+
+Both take and return an ``Assignment``; neither gives a GPU more than its ``usable_bytes``. Layers may interleave afterwards
+(``planner.contiguous`` mends that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.costs import LayerCosts
+from planner.fit import Assignment
+
+OUTPUT_COST_FACTOR = 2
+"""How many times its bytes the output layer counts in a device's cost, a pure number; from the boost algorithm."""
+
+BALANCE_TOLERANCE = 0.9
+"""The part of the target imbalance that is near enough to it, a pure number; from the boost algorithm."""
+
+
+def protect_output_layer(
+    assignment: Assignment, model: LayerCosts, usable_bytes: Sequence[int], ranked: Sequence[int]
+) -> Assignment:
+    """The output layer on ``ranked[0]``, the strongest of the GPUs that share the model (``ranked``: strongest first).
+
+    Its lowest layers make room where they must: each goes to the GPU that gave up the output layer, else to the strongest
+    that has room, else to the CPU. Unchanged where the output layer alone is larger than the strongest GPU's
+    ``usable_bytes``.
+    """
+    if not ranked or assignment[-1] == ranked[0] or model.output_bytes > usable_bytes[ranked[0]]:
+        return assignment
+    strongest, former = ranked[0], assignment[-1]
+    owners = [*assignment[:-1], strongest]
+    room = _room(owners, model, usable_bytes)
+    takers = [gpu for gpu in dict.fromkeys((former, *ranked[1:])) if gpu is not None]
+    for layer, cost in enumerate(model.layers_bytes):
+        if room[strongest] >= 0:
+            break
+        if owners[layer] == strongest:
+            owners[layer] = next((gpu for gpu in takers if room[gpu] >= cost), None)
+            room[strongest] += cost
+            if (taker := owners[layer]) is not None:
+                room[taker] -= cost
+    return tuple(owners)
+
+
+def redistribute_heavy_layers(
+    assignment: Assignment, model: LayerCosts, usable_bytes: Sequence[int], ranked: Sequence[int], powers: Sequence[float]
+) -> Assignment:
+    """Layers moved from the weakest GPU to the strongest until their costs are as unequal as their power.
+
+    ``cost_i = Σ layer bytes + 2 · output bytes`` (``device_cost``); ``target = raw_strongest / (raw_weakest + 1)``
+    (``target_imbalance``). While ``cost_strongest / cost_weakest < 0.9 · target`` the layer with the largest FFN (equal: the
+    highest) of those that fit moves; none fits: the strongest is full. The weakest is the last of ``ranked`` that holds
+    repeating layers; when it has given up its last one, the next takes its place.
+    """
+    owners = [*assignment]
+    if not ranked:
+        return assignment
+    strongest = ranked[0]
+    room = _room(owners, model, usable_bytes)[strongest]
+    while (weakest := _weakest(owners, ranked)) is not None:
+        target = BALANCE_TOLERANCE * target_imbalance(powers, strongest, weakest)
+        if device_cost(owners, model, strongest) >= target * device_cost(owners, model, weakest):
+            break
+        movable = [i for i, cost in enumerate(model.layers_bytes) if owners[i] == weakest and cost <= room]
+        if not movable:
+            break
+        heaviest = max(movable, key=lambda i: (model.ffn_bytes[i], i))
+        owners[heaviest] = strongest
+        room -= model.layers_bytes[heaviest]
+    return tuple(owners)
+
+
+def device_cost(assignment: Sequence[int | None], model: LayerCosts, gpu: int) -> int:
+    """``Σ layer bytes + 2 · output bytes`` of what ``gpu`` holds: the output layer is worth two of its size."""
+    layers = sum(cost for cost, owner in zip(model.layers_bytes, assignment[:-1], strict=True) if owner == gpu)
+    return layers + (OUTPUT_COST_FACTOR * model.output_bytes if assignment[-1] == gpu else 0)
+
+
+def target_imbalance(powers: Sequence[float], strongest: int, weakest: int) -> float:
+    """``raw_strongest / (raw_weakest + 1)``: how many times the weakest GPU's cost the strongest should have."""
+    return powers[strongest] / (powers[weakest] + 1)
+
+
+def _weakest(assignment: Sequence[int | None], ranked: Sequence[int]) -> int | None:
+    """The last of ``ranked``, the strongest left out, that holds repeating layers; ``None`` where only the strongest does."""
+    return next((gpu for gpu in reversed(ranked[1:]) if gpu in assignment[:-1]), None)
+
+
+def _room(owners: Sequence[int | None], model: LayerCosts, usable: Sequence[int]) -> list[int]:
+    room = [*usable]
+    for cost, owner in zip(model.all_bytes, owners, strict=True):
+        if owner is not None:
+            room[owner] -= cost
+    return room

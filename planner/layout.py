@@ -1,0 +1,163 @@
+"""The boost algorithm: layers onto unequal GPUs, the strongest filled first, with the output layer on it.
+
+``create_layout`` puts the steps together: weigh memory by compute power (``planner.power``), fit (``planner.fit``), protect
+the output layer and move heavy layers (``planner.balance``), bring the result into contiguous runs (``planner.contiguous``).
+The algorithm is that of the r/LocalLLaMA post "Heterogeneous GPU Weighting & Layer Splitting", with one rule put above it: no
+device is given more bytes than it has free, less its reserve, whatever the boost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from planner.balance import device_cost, protect_output_layer, redistribute_heavy_layers, target_imbalance
+from planner.contiguous import is_contiguous, nearest_contiguous, to_placement
+from planner.costs import LayerCosts
+from planner.fit import Assignment, Device, balanced_fit, placed, stock_fit, stock_groups
+from planner.hardware import Gpu
+from planner.placement import Placement
+from planner.power import (
+    BOOST_MAX,
+    BOOST_MIN,
+    best_gpu_for_pcie,
+    by_compute_power,
+    compute_capacities,
+    gpu_minimum_graph_overhead,
+    power_shares,
+    raw_powers,
+)
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """A placement and why it is so, the ``reasons`` in the order of the steps."""
+
+    placement: Placement
+    reasons: tuple[str, ...]
+
+
+def create_layout(model: LayerCosts, gpus: Sequence[Gpu], *, boost: float, reserves_bytes: Sequence[int] | None = None) -> Layout:
+    """Where the boost algorithm puts ``model`` on ``gpus``, which are of one library and in the rig's order.
+
+    ``boost`` 1.0 is Ollama's runner-era layout: as few GPUs as hold everything, those with the most memory, in proportion to
+    it, the one with the least first; where not everything fits, the output layer stays on the CPU. Above 1.0: the strongest
+    GPU that holds everything alone, else the strongest two that do, …, filled strongest first in proportion to memory times
+    compute capacity; then ``protect_output_layer`` and ``redistribute_heavy_layers``. What fits nowhere stays on the CPU, the
+    lowest layers first; the output layer only where it fits no GPU.
+
+    ``reserves_bytes`` are kept free on each GPU; if not given, ``gpu_minimum_graph_overhead`` of each. No device is given more
+    than its free bytes less its reserve. Raises ``ValueError`` where ``boost`` is not between 1.0 and 2.0.
+    """
+    if not BOOST_MIN <= boost <= BOOST_MAX:
+        raise ValueError(f"the boost {boost} is not between {BOOST_MIN} and {BOOST_MAX}")
+    reserves = [gpu_minimum_graph_overhead(gpu) for gpu in gpus] if reserves_bytes is None else reserves_bytes
+    usable = [max(gpu.free_bytes - reserve, 0) for gpu, reserve in zip(gpus, reserves, strict=True)]
+    return _stock_layout(model, gpus, usable) if boost == BOOST_MIN else _boosted_layout(model, gpus, usable, boost)
+
+
+def _stock_layout(model: LayerCosts, gpus: Sequence[Gpu], usable: Sequence[int]) -> Layout:
+    fit = stock_fit(model.all_bytes, stock_groups(_device(gpus, usable, gpu, 1.0) for gpu in range(len(gpus))))
+    reasons = (
+        "boost 1: in proportion to memory, the GPU with the least first, as Ollama's runner era does",
+        _fit_reason(fit, model, _names(gpus), usable),
+    )
+    return Layout(placement=to_placement(fit, n_gpus=len(gpus)), reasons=reasons)
+
+
+def _boosted_layout(model: LayerCosts, gpus: Sequence[Gpu], usable: Sequence[int], boost: float) -> Layout:
+    names, powers = _names(gpus), raw_powers(gpus)
+    fit, group = _boosted_fit(model.all_bytes, gpus, usable, boost)
+    if fit[-1] is None:  # no GPU holds the output layer, and nothing is handed out before it
+        fit, group = _boosted_fit(model.layers_bytes, gpus, usable, boost)
+        fit = (*fit, None)
+    reasons = [_fit_reason(fit, model, names, usable)]
+    if len(group) > 1:
+        shares, capacities = (power_shares([powers[i] for i in group]), compute_capacities([powers[i] for i in group], boost))
+        weights = (f"{names[i]} {s:.0%} of the power, memory ×{c:.2f}" for i, s, c in zip(group, shares, capacities, strict=True))
+        reasons.append(f"boost {boost:g}: the strongest GPU first, memory weighted by power ({'; '.join(weights)})")
+
+    protected = protect_output_layer(fit, model, usable, group)
+    if protected != fit:
+        reasons.append(f"the output layer goes to {names[group[0]]}, the strongest GPU")
+    elif group and fit[-1] != group[0]:
+        room = f"{usable[group[0]] / GIB:.1f} of {model.output_bytes / GIB:.1f} GiB"
+        reasons.append(f"the output layer does not fit on {names[group[0]]}, the strongest GPU, which has {room}")
+
+    balanced = redistribute_heavy_layers(protected, model, usable, group, powers)
+    final = nearest_contiguous(balanced, model.all_bytes, usable)
+    if placed(final) < placed(protected):
+        final = balanced = nearest_contiguous(protected, model.all_bytes, usable)
+        reasons.append("heavy layers stay where they are: moved, and then in contiguous runs, not as many would fit")
+    if balanced != protected:
+        reasons.append(_move_reason(protected, balanced, model, names, group, powers))
+    if not is_contiguous(balanced):
+        changed = sum(one != other for one, other in zip(final, balanced, strict=True))
+        reasons.append(f"the layers interleaved: {changed} changed GPU to bring each GPU's layers into one contiguous run")
+    return Layout(placement=to_placement(final, n_gpus=len(gpus)), reasons=tuple(reasons))
+
+
+def _boosted_fit(
+    costs: Sequence[int], gpus: Sequence[Gpu], usable: Sequence[int], boost: float
+) -> tuple[Assignment, tuple[int, ...]]:
+    """The fit on the first group that holds everything, else on all GPUs; and the group, strongest first."""
+    fit: Assignment = (None,) * len(costs)
+    group: tuple[int, ...] = ()
+    powers = raw_powers(gpus)
+    for group in _groups(sum(costs), gpus, usable):
+        capacities = compute_capacities([powers[gpu] for gpu in group], boost)
+        fit = balanced_fit(costs, [_device(gpus, usable, gpu, c) for gpu, c in zip(group, capacities, strict=True)])
+        if placed(fit) == len(costs):
+            break
+    return fit, group
+
+
+def _groups(total_bytes: int, gpus: Sequence[Gpu], usable: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The best GPU alone, then two, … of those whose memory may hold it, the strongest of each number first; all at last."""
+    if (alone := best_gpu_for_pcie(gpus, usable, total_bytes)) is not None:
+        yield (alone,)
+    ranked = by_compute_power(gpus)
+    for count in range(2, len(ranked)):
+        yield from (group for group in combinations(ranked, count) if sum(usable[gpu] for gpu in group) >= total_bytes)
+    yield ranked
+
+
+def _device(gpus: Sequence[Gpu], usable: Sequence[int], gpu: int, capacity: float) -> Device:
+    return Device(
+        gpu=gpu,
+        weighted_bytes=int(usable[gpu] * capacity),
+        ceiling_bytes=usable[gpu],
+        integrated=gpus[gpu].integrated,
+        uuid=gpus[gpu].uuid,
+    )
+
+
+def _names(gpus: Sequence[Gpu]) -> list[str]:
+    names = [gpu.name for gpu in gpus]
+    return [name if names.count(name) == 1 else f"{name} (GPU {i})" for i, name in enumerate(names)]
+
+
+def _fit_reason(fit: Assignment, model: LayerCosts, names: Sequence[str], usable: Sequence[int]) -> str:
+    size = f"{sum(model.all_bytes) / GIB:.1f} GiB"
+    if placed(fit) == len(fit):
+        holders = " + ".join(name for gpu, name in enumerate(names) if gpu in fit)
+        return f"all {size} fit on {holders}"
+    left = [f"the {fit[:-1].count(None)} lowest layers"] if None in fit[:-1] else []
+    left += ["the output layer"] if fit[-1] is None else []
+    return f"{size} do not fit in the {sum(usable) / GIB:.1f} GiB that the GPUs can give: {' and '.join(left)} stay on the CPU"
+
+
+def _move_reason(
+    before: Assignment, after: Assignment, model: LayerCosts, names: Sequence[str], group: Sequence[int], powers: Sequence[float]
+) -> str:
+    moved = [owner for owner, now in zip(before, after, strict=True) if owner != now]
+    sources = [gpu for gpu in group if gpu in moved]
+    strongest, weakest = group[0], sources[-1]
+    costs = " to ".join(f"{device_cost(after, model, gpu) / GIB:.1f}" for gpu in (strongest, weakest))
+    return (
+        f"{len(moved)} heavy layers move from {' and '.join(names[gpu] for gpu in sources)} to {names[strongest]}: "
+        f"their cost is {costs} GiB now, {target_imbalance(powers, strongest, weakest):.2f} to 1 the target"
+    )
