@@ -1,0 +1,33 @@
+"""How uvicorn runs the proxy: the same for the command line and for the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+KEEP_ALIVE_S = 3600
+"""Idle client connections stay open, as with Ollama itself: a server that closes them makes clients' requests fail by chance."""
+
+DRAIN_S = 30
+"""After SIGTERM, how long answers that are under way may take to end."""
+
+
+def uvicorn_options() -> dict[str, Any]:
+    """Keywords for ``uvicorn.Config`` beside the application, host and port.
+
+    No ``server`` and ``date`` headers, since Ollama sends its own date; no access log, since it costs per request and
+    paths are the user's; no WebSockets, since Ollama has none: an upgrade request is answered as the plain request it is.
+    """
+    return {
+        "http": "httptools",
+        "loop": "auto",
+        "ws": "none",
+        "lifespan": "on",
+        "interface": "asgi3",
+        "server_header": False,
+        "date_header": False,
+        "access_log": False,
+        "proxy_headers": False,
+        "timeout_keep_alive": KEEP_ALIVE_S,
+        "timeout_graceful_shutdown": DRAIN_S,
+        "backlog": 2048,
+    }
