@@ -11,14 +11,14 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain
 from math import prod
-from operator import length_hint
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from planner.profile import Metadata, ModelProfile, Scalar, Tensor, build_profile
 from planner.quantization import BY_NUMBER
+from proxy.bounded import BoundedReader
 from proxy.errors import GgufError, ModelError
 
 MAGIC = b"GGUF"
@@ -30,9 +30,6 @@ MAX_DIMENSIONS = 4
 """``GGML_MAX_DIMS`` in ``ggml.h``."""
 MAX_ARRAY_KEPT = 1024
 """Elements; a longer array is a vocabulary, and is skipped. Per-layer arrays are far shorter."""
-MAX_HEADER_BYTES = 128 * 2**20
-"""Bounds what a lying file can make us walk; the largest vocabularies of 2026 take about 20 MB."""
-CHUNK_BYTES = 2**18
 
 Kind = Literal["model", "adapter", "projector", "vocabulary"]
 
@@ -54,7 +51,6 @@ _SCALARS = {
     for number, code in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}.items()
 }
 """``enum gguf_type`` -> its encoding; 8 is a string, 9 an array."""
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _MIN_KEY_BYTES = 8 + 4 + 1
 """Name length, value type, a value of one byte."""
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
@@ -173,7 +169,7 @@ def profile_of(parts: list[GgufHeader], *, name: str = "") -> ModelProfile:
 
 def parse_header(file: BinaryIO, file_bytes: int) -> GgufHeader:
     """The header at the start of ``file``, whose length is ``file_bytes``. Raises ``GgufError``."""
-    reader = _Reader(file, file_bytes)
+    reader = BoundedReader(file, file_bytes)
     version = _read_version(reader)
     tensor_count, key_count = reader.u64("the tensor count"), reader.u64("the key count")
     reader.refuse_more_than_fit(key_count, _MIN_KEY_BYTES, "metadata keys")
@@ -208,7 +204,7 @@ def parse_header(file: BinaryIO, file_bytes: int) -> GgufHeader:
     )
 
 
-def _read_version(reader: _Reader) -> int:
+def _read_version(reader: BoundedReader) -> int:
     magic = reader.take(4, "the magic")
     if magic != MAGIC:
         raise GgufError(f"no GGUF file: it begins with {magic!r}, not {MAGIC!r}")
@@ -220,7 +216,7 @@ def _read_version(reader: _Reader) -> int:
     return version
 
 
-def _read_pair(reader: _Reader, metadata: dict[str, Scalar | tuple[Scalar, ...]]) -> None:
+def _read_pair(reader: BoundedReader, metadata: dict[str, Scalar | tuple[Scalar, ...]]) -> None:
     key = reader.string("a metadata key")
     if key in metadata:
         raise GgufError(f"the metadata hold {key} twice")
@@ -240,7 +236,7 @@ def _read_pair(reader: _Reader, metadata: dict[str, Scalar | tuple[Scalar, ...]]
         reader.skip(count * item_bytes, key)
 
 
-def _scalar_reader(reader: _Reader, kind: int, key: str) -> Callable[[], Scalar]:
+def _scalar_reader(reader: BoundedReader, kind: int, key: str) -> Callable[[], Scalar]:
     if kind == _STRING:
         return lambda: reader.string(key)
     if kind not in _SCALARS:
@@ -249,7 +245,7 @@ def _scalar_reader(reader: _Reader, kind: int, key: str) -> Callable[[], Scalar]
     return lambda: cast("Scalar", reader.unpack(_SCALARS[kind], key))
 
 
-def _read_tensor(reader: _Reader) -> tuple[Tensor, int]:
+def _read_tensor(reader: BoundedReader) -> tuple[Tensor, int]:
     name = reader.string("a tensor's name")
     dimensions = reader.u32(name)
     if dimensions > MAX_DIMENSIONS:
@@ -285,88 +281,3 @@ def _read_parts(path: Path, header: GgufHeader) -> list[GgufHeader]:
 def _integer(metadata: Metadata, key: str, default: int = 0) -> int:
     value = metadata.get(key, default)
     return value if isinstance(value, int) else default
-
-
-class _Reader:
-    """A file read once from its start: a window of bytes that moves on as they are asked for."""
-
-    def __init__(self, file: BinaryIO, file_bytes: int) -> None:
-        self._file = file
-        self._limit = min(file_bytes, MAX_HEADER_BYTES)
-        self._file_bytes = file_bytes
-        self._window = b""
-        self._start = 0  # the window's place in the file
-        self._at = 0  # the cursor's place in the window
-
-    @property
-    def position(self) -> int:
-        return self._start + self._at
-
-    def refuse_more_than_fit(self, count: int, least_bytes: int, what: str) -> None:
-        """Raises where ``count`` things of at least ``least_bytes`` each cannot stand in the rest of the header."""
-        if count * least_bytes > self._limit - self.position:
-            self._fail(f"{count:,} {what}")
-
-    def take(self, size: int, what: str) -> bytes:
-        self._fill(size, what)
-        data = self._window[self._at : self._at + size]
-        self._at += size
-        return data
-
-    def unpack(self, encoding: struct.Struct, what: str) -> object:
-        self._fill(encoding.size, what)
-        (value,) = encoding.unpack_from(self._window, self._at)
-        self._at += encoding.size
-        return value
-
-    def u32(self, what: str) -> int:
-        return cast("int", self.unpack(_U32, what))
-
-    def u64(self, what: str) -> int:
-        return cast("int", self.unpack(_U64, what))
-
-    def string(self, what: str) -> str:
-        return self.take(self.u64(what), what).decode("utf-8", "replace")
-
-    def skip(self, size: int, what: str) -> None:
-        if size > self._limit - self.position:
-            self._fail(what)
-        self._at += size
-
-    def skip_strings(self, count: int, what: str) -> None:
-        """Walks over ``count`` strings. A vocabulary has 10^5 to 10^6, and this loop is all of the time that a header takes."""
-        length_at = _U64.unpack_from
-        while count:
-            self._fill(8, what)
-            window, at = self._window, self._at
-            left = repeat(None, count)
-            try:
-                for _ in left:
-                    (length,) = length_at(window, at)
-                    at += length + 8
-                count = 0
-            except (struct.error, OverflowError):  # the next length is beyond the window
-                count = length_hint(left) + 1
-            self._at = at
-            if self.position > self._limit:
-                self._fail(what)
-
-    def _fill(self, size: int, what: str) -> None:
-        """Sees to it that the window holds ``size`` bytes from the cursor on."""
-        if self._at + size <= len(self._window):
-            return
-        if size > self._limit - self.position:
-            self._fail(what)
-        if self._at > len(self._window):  # skipped beyond the window
-            self._file.seek(self.position)
-        self._window, self._start, self._at = self._window[self._at :], self.position, 0
-        self._window += self._file.read(max(CHUNK_BYTES, size - len(self._window)))
-        if len(self._window) < size:  # cut short while it was read
-            self._fail(what)
-
-    def _fail(self, what: str) -> None:
-        if self._limit < self._file_bytes:
-            raise GgufError(f"{what}: the header would be longer than {MAX_HEADER_BYTES // 2**20} MiB")
-        raise GgufError(
-            f"the file ends inside its header, or lies about a length: {what} at byte {self.position:,} of {self._file_bytes:,}"
-        )

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from planner.profile import Tensor
 from planner.quantization import ggml_type
+from proxy.bounded import MAX_HEADER_BYTES
 from proxy.errors import GgufError, ModelError
-from proxy.gguf import MAX_ARRAY_KEPT, MAX_HEADER_BYTES, GgufHeader, parse_header, read_header, read_profile
+from proxy.gguf import MAX_ARRAY_KEPT, GgufHeader, parse_header, read_header, read_profile
 from tests.gguf_files import LLAMA, TENSORS, U32, gguf, head, pair, string, tensor
 
 
