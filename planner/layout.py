@@ -74,11 +74,12 @@ def _boosted_layout(model: LayerCosts, gpus: Sequence[Gpu], usable: Sequence[int
     if fit[-1] is None:  # no GPU holds the output layer, and nothing is handed out before it
         fit, group = _boosted_fit(model.layers_bytes, gpus, usable, boost)
         fit = (*fit, None)
-    reasons = [_fit_reason(fit, model, names, usable)]
+    reasons = []
     if len(group) > 1:
         shares, capacities = (power_shares([powers[i] for i in group]), compute_capacities([powers[i] for i in group], boost))
         weights = (f"{names[i]} {s:.0%} of the power, memory ×{c:.2f}" for i, s, c in zip(group, shares, capacities, strict=True))
         reasons.append(f"boost {boost:g}: the strongest GPU first, memory weighted by power ({'; '.join(weights)})")
+    reasons.append(_fit_reason(fit, model, names, usable))
 
     protected = protect_output_layer(fit, model, usable, group)
     if protected != fit:

@@ -132,9 +132,28 @@ def test_layers_that_jump_over_the_middle_gpu_are_brought_into_runs_and_it_is_sa
     assert usable(RTX_5090) - bytes_on(layout.placement, model, 0) < model.layers_bytes[0]
 
 
+def test_heavy_layers_stay_where_in_runs_not_as_many_would_fit_after_the_move():
+    gpus = tuple(
+        card(name, size / MIB, sm, 100, cc)
+        for name, size, sm, cc in (("a", 7, 100, (12, 0)), ("b", 9, 50, (8, 9)), ("c", 8, 20, (8, 6)))
+    )
+    model = LayerCosts(layers_bytes=(2, 8), ffn_bytes=(2, 8), output_bytes=4)
+    layout = create_layout(model, gpus, boost=1.01, reserves_bytes=(0, 0, 0))
+    assert layout.placement == Placement(layers=(0, 1, 1), order=(2, 1, 0), output_gpu=0)
+    assert layout.reasons[-1].startswith("heavy layers stay")
+
+
+def test_an_output_layer_that_the_bisection_put_elsewhere_comes_back_to_the_strongest():
+    gpus = (card("small and strong", 6 * GB / MIB, 170, 2407, (12, 0)), card("large and weak", 44 * GB / MIB, 82, 1695, (8, 6)))
+    model = LayerCosts(layers_bytes=(25 * GB,) * 3, ffn_bytes=(GB,) * 3, output_bytes=6 * GB)
+    layout = create_layout(model, gpus, boost=1.9, reserves_bytes=(0, 0))
+    assert layout.placement == Placement(layers=(0, 1), order=(1, 0), output_gpu=0, cpu_layers=2)
+    assert "the output layer goes to small and strong, the strongest GPU" in layout.reasons
+
+
 def test_two_cards_of_one_name_are_told_apart():
     twins = (replace(RTX_3090, uuid="GPU-a"), replace(RTX_3090, uuid="GPU-b"))
-    assert "RTX 3090 (GPU 0) + RTX 3090 (GPU 1)" in create_layout(model_of(36 * GB), twins, boost=1.5).reasons[0]
+    assert "all 33.5 GiB fit on RTX 3090 (GPU 0) + RTX 3090 (GPU 1)" in create_layout(model_of(36 * GB), twins, boost=1.5).reasons
 
 
 def test_costs_of_a_profile_are_weights_and_cache_with_experts_as_ffn():
