@@ -1,0 +1,185 @@
+"""``lopsided doctor``: what is seen of the GPUs and of Ollama, what is not, and what to do about it.
+
+``look`` asks the world once; ``judge`` turns what it saw into findings and touches nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import httpx
+
+from planner.hardware import Gpu, Rig
+from proxy.address import Address
+from proxy.errors import GpuError
+from proxy.gpus import GpuSource
+from proxy.gpus.order import DeviceOrder
+from proxy.settings import Settings
+
+Level = Literal["ok", "warn", "fail"]
+
+ASK_S = 3.0
+"""Longest wait for an answer of Ollama's version or of the proxy's health, in seconds; both take milliseconds."""
+
+OLDEST = (0, 11, 5)
+"""The first Ollama whose placement is known: older ones plan by other rules."""
+
+SHARED = ("num_parallel", "context_length", "kv_cache_type", "flash_attention", "gpu_overhead_bytes")
+"""Settings that Ollama has and does not tell: lopsided reads the same variables from its own environment."""
+
+FACTS = ("compute_capability", "sm_count", "clock_mhz", "bandwidth_bytes_per_s")
+"""What a prediction of a card's speed rests on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One line of the report; ``advice`` says what to do, and is empty where there is nothing to do."""
+
+    level: Level
+    subject: str
+    text: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sight:
+    """What was seen. ``None`` is what did not answer; ``upstream_problem`` and ``gpu_problem`` then say why."""
+
+    settings: Settings
+    order: DeviceOrder
+    version: str | None = None
+    upstream_problem: str = ""
+    upstream_is_lopsided: bool = False
+    models: int | None = None
+    listener: Literal["lopsided", "another program", "nobody"] = "nobody"
+    rig: Rig | None = None
+    gpu_problem: str = ""
+
+
+async def look(settings: Settings, order: DeviceOrder, source: GpuSource) -> Sight:
+    """Asks Ollama, the proxy's own port and the GPUs, each once and for a few seconds at most."""
+    facts: dict[str, Any] = {}
+    async with httpx.AsyncClient(timeout=ASK_S, trust_env=False) as client:
+        try:
+            facts["upstream_is_lopsided"] = await _is_lopsided(client, settings.upstream)
+            facts["version"] = str((await _json(client, settings.upstream, "/api/version"))["version"])
+            facts["models"] = len((await _json(client, settings.upstream, "/api/tags"))["models"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            facts["upstream_problem"] = str(error) or type(error).__name__
+        try:
+            facts["listener"] = "lopsided" if await _is_lopsided(client, settings.host.connectable()) else "another program"
+        except httpx.ConnectError:
+            pass
+        except httpx.HTTPError:
+            facts["listener"] = "another program"
+    try:
+        facts["rig"] = source.rig()
+    except GpuError as error:
+        facts["gpu_problem"] = str(error)
+    return Sight(settings=settings, order=order, **facts)
+
+
+def judge(sight: Sight) -> tuple[Finding, ...]:
+    """The findings, in the order of the way that a request takes: client, proxy, Ollama, GPUs."""
+    return (*_proxy(sight), *_upstream(sight), *_environment(sight), *_gpus(sight))
+
+
+def _proxy(sight: Sight) -> Iterator[Finding]:
+    url = sight.settings.host.connectable().url
+    if sight.listener == "lopsided":
+        text = f"lopsided listens at {url}"
+        yield Finding(level="ok", subject="proxy", text=text, advice=f"Clients: OLLAMA_HOST={url}, for OpenAI's {url}/v1")
+    elif sight.listener == "nobody":
+        yield Finding(level="warn", subject="proxy", text=f"nobody listens at {url}", advice="Start it: lopsided serve")
+    else:
+        advice = "Choose another address: LOPSIDED_HOST=127.0.0.1:PORT lopsided serve"
+        yield Finding(level="fail", subject="proxy", text=f"another program listens at {url}", advice=advice)
+
+
+def _upstream(sight: Sight) -> Iterator[Finding]:
+    url = sight.settings.upstream.url
+    if sight.upstream_is_lopsided:
+        advice = "Set LOPSIDED_UPSTREAM to the address of Ollama itself"
+        yield Finding(level="fail", subject="Ollama", text=f"{url} is lopsided, so requests would go in a circle", advice=advice)
+        return
+    if sight.version is None:
+        advice = "Is Ollama running, and is this its address? Set LOPSIDED_UPSTREAM=http://HOST:PORT if it is another"
+        text = f"{url} does not answer as Ollama does ({sight.upstream_problem})"
+        yield Finding(level="fail", subject="Ollama", text=text, advice=advice)
+        return
+    models = "" if sight.models is None else f", {sight.models} model{'' if sight.models == 1 else 's'}"
+    numbers = tuple(int(part) for part in re.findall(r"\d+", sight.version)[:3])
+    if numbers[:3] == (0, 0, 0) or not numbers:
+        advice = "A build of your own? It is taken for the llama-server era"
+        yield Finding(level="warn", subject="Ollama", text=f"version {sight.version} at {url}{models}", advice=advice)
+    elif numbers < OLDEST:
+        advice = f"Update Ollama: what versions before {'.'.join(map(str, OLDEST))} do with a model is not known here"
+        yield Finding(level="warn", subject="Ollama", text=f"version {sight.version} at {url}{models}", advice=advice)
+    elif numbers < (0, 30):
+        advice = "Of the placement options this era follows num_gpu alone; 0.30 and later can be told the GPU"
+        yield Finding(level="warn", subject="Ollama", text=f"version {sight.version} at {url}{models}, runner era", advice=advice)
+    else:
+        yield Finding(level="ok", subject="Ollama", text=f"version {sight.version} at {url}{models}, llama-server era")
+
+
+def _environment(sight: Sight) -> Iterator[Finding]:
+    variables = {name: str(Settings.model_fields[name].validation_alias) for name in SHARED}
+    given = [f"{variables[name]}={getattr(sight.settings, name)}" for name in SHARED if name in sight.settings.model_fields_set]
+    if given:
+        advice = "They must be set alike where Ollama runs"
+        yield Finding(level="ok", subject="settings", text=f"taken to be Ollama's too: {', '.join(given)}", advice=advice)
+    else:
+        advice = f"Where Ollama's environment sets one of these, set it here too: {', '.join(variables.values())}"
+        yield Finding(level="ok", subject="settings", text="Ollama is taken to run with its defaults", advice=advice)
+    if sight.settings.sched_spread:
+        text = "OLLAMA_SCHED_SPREAD is set: stock Ollama spreads every model over all GPUs"
+        advice = "Unset it in Ollama's environment, unless a launcher stands in llama-server's place"
+        yield Finding(level="warn", subject="spread", text=text, advice=advice)
+
+
+def _gpus(sight: Sight) -> Iterator[Finding]:
+    if sight.rig is None:
+        advice = "Until then requests pass unchanged. Cards can be described instead, in a file: LOPSIDED_PROFILE"
+        yield Finding(level="fail", subject="GPUs", text=sight.gpu_problem, advice=advice)
+        return
+    gpus = sight.rig.gpus
+    for index, gpu in enumerate(gpus):
+        yield _card(index, gpu)
+    if len(gpus) == 1:
+        advice = "Requests pass unchanged; is another card hidden by CUDA_VISIBLE_DEVICES?"
+        yield Finding(level="warn", subject="GPUs", text="one GPU: there is nothing to choose", advice=advice)
+        return
+    if len({gpu.name for gpu in gpus}) == 1:
+        yield Finding(level="ok", subject="GPUs", text="all cards are alike: the plans will mostly be stock Ollama's")
+    if sight.order.names:
+        yield Finding(level="ok", subject="device order", text="as LOPSIDED_DEVICE_ORDER gives it")
+    elif sight.order.by_pci:
+        advice = "It must be set in Ollama's environment too"
+        yield Finding(level="ok", subject="device order", text="CUDA_DEVICE_ORDER=PCI_BUS_ID: by PCI id", advice=advice)
+    else:
+        text = "CUDA's order, fastest card first, is a guess"
+        advice = "Set CUDA_DEVICE_ORDER=PCI_BUS_ID where Ollama runs and here, or name the cards in LOPSIDED_DEVICE_ORDER"
+        yield Finding(level="warn", subject="device order", text=text, advice=advice)
+
+
+def _card(index: int, gpu: Gpu) -> Finding:
+    unknown = [name for name in FACTS if getattr(gpu, name) is None]
+    text = f"{gpu.name}, {gpu.free_bytes / 2**30:.1f} of {gpu.total_bytes / 2**30:.1f} GiB free"
+    if not unknown:
+        return Finding(level="ok", subject=f"GPU {index}", text=text)
+    advice = "Its speed is guessed; a profile can say what the driver does not (docs/settings.md)"
+    return Finding(level="warn", subject=f"GPU {index}", text=f"{text}; unknown: {', '.join(unknown)}", advice=advice)
+
+
+async def _is_lopsided(client: httpx.AsyncClient, address: Address) -> bool:
+    answer = await client.get(address.url + "/lopsided/health")
+    return answer.status_code == httpx.codes.OK
+
+
+async def _json(client: httpx.AsyncClient, address: Address, path: str) -> Any:
+    answer = await client.get(address.url + path)
+    answer.raise_for_status()
+    return answer.json()
