@@ -6,8 +6,9 @@ are made up, and everything that it shows to a person says that it is simulated.
 """
 
 from proxy.simulator.gpus import SimulatedGpus
+from proxy.simulator.models import demo_models
 from proxy.simulator.server import create_app
 from proxy.simulator.simulation import Simulator
 from proxy.simulator.store import Model, Store, build_model
 
-__all__ = ["Model", "SimulatedGpus", "Simulator", "Store", "build_model", "create_app"]
+__all__ = ["Model", "SimulatedGpus", "Simulator", "Store", "build_model", "create_app", "demo_models"]

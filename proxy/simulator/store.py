@@ -19,9 +19,26 @@ from proxy.simulator import gojson
 
 BLOBS = "/root/.ollama/models/blobs"
 """Where the official Docker image keeps the blobs; ``/api/show`` shows paths in it."""
-_FILE_TYPES = dict(zip((0, 1, 2, 3, 7, 8, 9), ("F32", "F16", "Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q5_1"), strict=True)) | dict(
-    enumerate(("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"), start=10)
-)
+_FILE_TYPES = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    7: "Q8_0",
+    8: "Q5_0",
+    9: "Q5_1",
+    10: "Q2_K",
+    11: "Q3_K_S",
+    12: "Q3_K_M",
+    13: "Q3_K_L",
+    14: "Q4_K_S",
+    15: "Q4_K_M",
+    16: "Q5_K_S",
+    17: "Q5_K_M",
+    18: "Q6_K",
+    32: "BF16",
+    38: "MXFP4",
+}
 """``general.file_type`` -> its name (``fs/ggml/type.go``)."""
 _DEFAULT_PREFIXES = re.compile(r"^(?:(?:https?://)?registry\.ollama\.ai/)?(?:library/)?", re.IGNORECASE)
 
