@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping
+from ctypes import c_float
 from datetime import UTC, datetime
 from typing import Any
 
@@ -49,10 +49,9 @@ def _number(value: float) -> str:
 
 def shortest_float32(value: float) -> float:
     """The float with the fewest digits that is the same single-precision number: how Go prints a ``float32``."""
-    single = struct.pack("<f", value)
-    return next(
-        short for digits in range(1, 10) if struct.pack("<f", short := float(f"{value:.{digits}g}")) == single or digits == 9
-    )
+    single = c_float(value).value
+    shorts = (float(f"{value:.{digits}g}") for digits in range(1, 10))  # nine digits always suffice
+    return next(short for short in shorts if c_float(short).value == single)
 
 
 def timestamp(unix_ns: int) -> str:
