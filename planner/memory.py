@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.cache import cache_bytes
+from planner.compute import PIPELINE_COPIES, DevicePart, compute_model
 from planner.families import family_of
 from planner.placement import Placement
 from planner.profile import ModelProfile
@@ -45,11 +46,26 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes on each device for ``placement``; ``runtime_bytes`` is the fixed cost of each GPU that is used (0 if not given)."""
     caches = cache_bytes(profile, settings)
-    logits = 4 * settings.ubatch * profile.vocab_size
-    hidden = 4 * settings.ubatch * profile.embedding_length * 12
+    compute = compute_model(profile, settings)
+    visitors = range(placement.cpu_layers)
+    pipelined = (
+        len(placement.order) > 1 and not placement.cpu_layers and not placement.cpu_experts and placement.output_gpu is not None
+    )
+    copies = PIPELINE_COPIES if pipelined else 1
+    dry = settings.outputs is None or not pipelined
     devices = [DeviceMemory()] * len(placement.layers)
-    for gpu, run in placement.ranges():
+    for place, (gpu, run) in enumerate(placement.ranges()):
         output = gpu == placement.output_gpu
+        part = DevicePart(
+            layers=run,
+            visitors=range(0) if place else visitors,
+            first=place == 0,
+            normed=dry and place > 0,
+            sends_norm=dry and gpu != placement.order[-1],
+            output=output,
+            copies=copies,
+            host_experts=placement.cpu_experts & frozenset(run),
+        )
         devices[gpu] = DeviceMemory(
             weights_bytes=sum(
                 profile.layers[i].weights_bytes - (profile.layers[i].expert_bytes if i in placement.cpu_experts else 0)
@@ -57,7 +73,7 @@ def estimate_memory(
             )
             + (profile.output_bytes if output else 0),
             kv_bytes=sum(caches[i] for i in run),
-            compute_bytes=hidden + (logits if output else 0),
+            compute_bytes=compute.device_bytes(part),
             runtime_bytes=runtime_bytes[gpu] if runtime_bytes else 0,
         )
     host = DeviceMemory(
@@ -66,6 +82,6 @@ def estimate_memory(
         + sum(profile.layers[i].expert_bytes for i in placement.cpu_experts if i >= placement.cpu_layers)
         + (profile.output_bytes - profile.tied_bytes if placement.output_gpu is None else 0),
         kv_bytes=sum(caches[: placement.cpu_layers]),
-        compute_bytes=hidden,
+        compute_bytes=compute.host_bytes(visitors=visitors, copies=copies),
     )
     return MemoryEstimate(devices=tuple(devices), host=host, upper_bound=family_of(profile.architecture) is None)

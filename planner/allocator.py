@@ -1,0 +1,93 @@
+"""llama.cpp's graph allocator: how large a compute buffer becomes when tensors of given sizes come and go.
+
+A port of ``ggml_dyn_tallocr`` (``ggml/src/ggml-alloc.c``, llama.cpp b10488): a tensor goes into the smallest hole that holds it (the
+last of equal ones), else to the end; neighbouring holes merge; the buffer is as large as the highest byte ever used. The holes
+that are left between large tensors are why a buffer can be a third larger than what lives in it at any time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+ALIGNMENT = 128
+"""Bytes; of CUDA buffers (``ggml_backend_cuda_buffer_type_get_alignment``)."""
+
+_ENDLESS = 1 << 62
+
+State = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes of the holes, lowest first; the last hole is endless."""
+
+
+def align(size: int) -> int:
+    """``size`` rounded up to the alignment."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Allocator:
+    """One device's buffer. ``peak`` is the highest byte used so far; sizes must be aligned."""
+
+    __slots__ = ("_offsets", "_sizes", "peak")
+
+    def __init__(self, state: State = ((0,), (_ENDLESS,)), peak: int = 0) -> None:
+        self._offsets = list(state[0])
+        self._sizes = list(state[1])
+        self.peak = peak
+
+    @property
+    def state(self) -> State:
+        """The holes, to be compared with another moment's or gone back to."""
+        return tuple(self._offsets), tuple(self._sizes)
+
+    def restore(self, state: State, peak: int) -> None:
+        """Go on from another moment's holes; ``peak`` is what was used on the way there."""
+        self._offsets, self._sizes = list(state[0]), list(state[1])
+        self.peak = max(self.peak, peak)
+
+    def allocate(self, size: int) -> int:
+        """Offset of a new tensor of ``size`` bytes (``ggml_dyn_tallocr_alloc``)."""
+        offsets, sizes = self._offsets, self._sizes
+        best, best_size = len(sizes) - 1, _ENDLESS
+        for i in range(len(sizes) - 1):
+            if size <= sizes[i] <= best_size:
+                best, best_size = i, sizes[i]
+        offset = offsets[best]
+        if sizes[best] == size:
+            del offsets[best], sizes[best]
+        else:
+            offsets[best] += size
+            sizes[best] -= size
+        self.peak = max(self.peak, offset + size)
+        return offset
+
+    def free(self, offset: int, size: int) -> None:
+        """Give back what ``allocate`` gave (``ggml_dyn_tallocr_free_bytes``)."""
+        offsets, sizes = self._offsets, self._sizes
+        i = bisect_left(offsets, offset)
+        joins_below = i > 0 and offsets[i - 1] + sizes[i - 1] == offset
+        joins_above = i < len(offsets) and offset + size == offsets[i]
+        if joins_below and joins_above:
+            sizes[i - 1] += size + sizes[i]
+            del offsets[i], sizes[i]
+        elif joins_below:
+            sizes[i - 1] += size
+        elif joins_above:
+            offsets[i] = offset
+            sizes[i] += size
+        else:
+            offsets.insert(i, offset)
+            sizes.insert(i, size)
+
+
+Step = tuple[bool, int, int]
+"""Allocate (True) or free (False) the tensor in a numbered slot, of so many bytes."""
+
+
+def replay(allocator: Allocator, steps: Iterable[Step], slots: dict[int, int]) -> None:
+    """Carry out ``steps``; ``slots`` holds the offset of each living tensor by its number, and is changed."""
+    allocate, free = allocator.allocate, allocator.free
+    for is_allocation, slot, size in steps:
+        if is_allocation:
+            slots[slot] = allocate(size)
+        else:
+            free(slots.pop(slot), size)

@@ -1,0 +1,313 @@
+"""Compute buffers: what the activations of one micro-batch take on each device and on the host.
+
+llama.cpp reserves the buffers once, for the largest graph (``llama_context::sched_reserve``, ``src/llama-context.cpp``, b10488), and
+cuts that graph into the parts that run on each device (``ggml_backend_sched_split_graph``, ``ggml/src/ggml-backend.cpp``). Here the part
+of one device is replayed through a port of its allocator. Layers of a kind leave the buffer in the same state soon, so that a
+hundred layers cost hardly more than three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from planner.allocator import Allocator, State, Step, align, replay
+from planner.cache import layer_caches, window_tokens
+from planner.families import family_of
+from planner.graph import (
+    F16,
+    F32,
+    LATE_OUTPUTS,
+    MASK,
+    NORMED,
+    PER_LAYER,
+    RESIDUAL,
+    WINDOW_MASK,
+    LayerGraph,
+    scale_of,
+    weight_signature,
+)
+from planner.profile import ModelProfile
+from planner.settings import LoadSettings
+from planner.tape import Tape
+
+PIPELINE_COPIES = 4
+"""Copies of each input of a device with pipeline parallelism (``GGML_SCHED_MAX_COPIES`` in ``ggml/src/ggml-backend.cpp``)."""
+
+OFFLOAD_MIN_TOKENS = 32
+"""Tokens from which CUDA takes over operations whose weights lie in RAM (``ggml_backend_cuda_device_offload_op``)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DevicePart:
+    """What one device computes.
+
+    * ``layers``: the repeating layers that lie on it.
+    * ``visitors``: layers in RAM that it computes for the CPU, copying their weights: the lowest ones, on the first device.
+    * ``first``: the embedding comes from the host; otherwise the residual comes from the device before.
+    * ``normed``: it comes normed as well, see ``sends_norm``.
+    * ``sends_norm``: the first norm of the next device's first layer is computed here.
+    * ``output``: the output layer lies here.
+    * ``copies``: of each input: 1, or ``PIPELINE_COPIES``.
+    * ``host_experts``: layers of this device whose routed experts lie in RAM.
+    """
+
+    layers: range
+    visitors: range = range(0)
+    first: bool = True
+    normed: bool = False
+    sends_norm: bool = False
+    output: bool = False
+    copies: int = 1
+    host_experts: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """Compiled steps; afterwards the tensor in slot ``source`` is known as ``name`` for each of ``exports``."""
+
+    number: int
+    steps: tuple[Step, ...]
+    exports: tuple[tuple[int, int], ...]
+
+
+class ComputeModel:
+    """Compute buffers of one model with one set of settings. Results are kept; make one with ``compute_model``."""
+
+    def __init__(self, profile: ModelProfile, settings: LoadSettings) -> None:
+        self._profile = profile
+        self._caches = layer_caches(profile)
+        self._scale = scale_of(profile, settings)
+        self._n = profile.n_computed_layers
+        signatures: dict[object, int] = {}
+        self._kinds = tuple(
+            signatures.setdefault((weight_signature(profile, i), self._caches[i], _place_in_model(profile, i)), i)
+            for i in range(self._n)
+        )
+        mask_element = F16 if settings.flash_attention else F32
+        tokens, width = self._scale.tokens, profile.embedding_length
+        streams = max(profile.integer("altup.num_inputs"), 1)
+        per_layer = profile.integer("embedding_length_per_layer_input") * profile.n_layers
+        self._sizes = {
+            RESIDUAL: align(width * streams * tokens * F32),
+            NORMED: align(width * tokens * F32),
+            MASK: align(self._scale.cells * tokens * mask_element),
+            WINDOW_MASK: align(self._scale.window_cells * tokens * mask_element),
+            PER_LAYER: align(per_layer * tokens * F32),
+        }
+        self._embedding_bytes = align(width * tokens * F32)
+        self._programs: dict[object, _Program] = {}
+        self._transitions: dict[object, tuple[State, int, dict[int, int]]] = {}
+        self._parts: dict[DevicePart, int] = {}
+
+    def device_bytes(self, part: DevicePart) -> int:
+        """Bytes of the compute buffer of a device."""
+        if part not in self._parts:
+            self._parts[part] = self._replay(part)
+        return self._parts[part]
+
+    def host_bytes(self, *, visitors: range, copies: int) -> int:
+        """Bytes of the host's compute buffer: the inputs, and what layers in RAM hand over for their caches."""
+        masks = sum(self._sizes[mask] for mask in self._masks(range(self._n)))
+        handed = 0
+        for i in visitors:
+            cache = self._caches[i]
+            values = cache.value_elements
+            if "attn_qkv.weight" in self._profile.layer_tensors[i] and not cache.state_elements:
+                handed = max(handed, self._profile.layer_tensors[i]["attn_qkv.weight"].shape[1])
+            elif cache.owns_cache:
+                handed = max(handed, cache.key_elements + values)
+        embedding = self._embedding_bytes + self._sizes[PER_LAYER]
+        return self._embedding_bytes + masks * copies + max(embedding, handed * self._scale.tokens * F32)
+
+    # the replay of a part
+
+    def _masks(self, layers: Iterable[int]) -> tuple[int, ...]:
+        """Masks in the order in which these layers first read them."""
+        found: dict[int, None] = {}
+        for i in layers:
+            if self._caches[i].attends:
+                found.setdefault(WINDOW_MASK if self._caches[i].windowed else MASK)
+        return tuple(found)
+
+    def _replay(self, part: DevicePart) -> int:
+        heap = Allocator()
+        slots: dict[int, int] = {}
+        own = [i for i in part.layers if i < self._n]
+        everything = [*part.visitors, *own]
+        pinned = part.copies > 1
+        arrival = [RESIDUAL] if part.first or not part.normed else [NORMED]
+        masks = () if part.visitors else self._masks(own)
+        arrival += [PER_LAYER] if self._sizes[PER_LAYER] and not part.first else []
+        late = [RESIDUAL] if RESIDUAL not in arrival else []
+        for name in (*arrival, *masks, *late):
+            size = self._embedding_bytes if name == RESIDUAL and part.first else self._sizes[name]
+            for copy in range(part.copies):
+                offset = heap.allocate(size)
+                if not copy:
+                    slots[name] = offset
+        if part.first:
+            self._run(heap, slots, self._prelude(pinned))
+        last_reader = {mask: max(i for i in everything if self._mask_of(i) == mask) for mask in self._masks(everything)}
+        waiting = set(self._masks(part.visitors))
+        for i in everything:
+            begins = i == everything[0]
+            mask = self._mask_of(i)
+            brings = mask in waiting
+            waiting.discard(mask)
+            kept = {PER_LAYER, *(m for m, reader in last_reader.items() if pinned or reader != i)}
+            if begins and pinned and (not part.first or not self._has_prelude):
+                kept |= {RESIDUAL, NORMED}
+            self._run(
+                heap,
+                slots,
+                self._layer(
+                    i,
+                    last=i == self._n - 1,
+                    offloaded=i in part.visitors,
+                    host_experts=i in part.host_experts,
+                    normed=begins and part.normed and not part.first,
+                    brings=mask if brings else 0,
+                    kept=frozenset(kept),
+                ),
+            )
+        if part.sends_norm:
+            heap.allocate(self._sizes[NORMED])
+        if part.output:
+            self._run(heap, slots, self._output())
+        return heap.peak
+
+    def _mask_of(self, i: int) -> int:
+        if not self._caches[i].attends:
+            return 0
+        return WINDOW_MASK if self._caches[i].windowed else MASK
+
+    def _run(self, heap: Allocator, slots: dict[int, int], program: _Program) -> None:
+        key = (program.number, heap.state, tuple(sorted(slots.items())))
+        known = self._transitions.get(key)
+        if known is None:
+            heap.peak, before = 0, heap.peak
+            replay(heap, program.steps, slots)
+            for name, source in program.exports:
+                slots[name] = slots.pop(source)
+            self._transitions[key] = heap.state, heap.peak, dict(slots)
+            heap.peak = max(before, heap.peak)
+            return
+        state, peak, after = known
+        heap.restore(state, peak)
+        slots.clear()
+        slots.update(after)
+
+    # programs
+
+    def _program(self, key: object, tape: Tape, exports: dict[int, int], kept: frozenset[int]) -> _Program:
+        steps, found = tape.compile(exports, sizes=self._sizes, kept=kept)
+        program = _Program(len(self._programs), steps, found)
+        self._programs[key] = program
+        return program
+
+    @property
+    def _has_prelude(self) -> bool:
+        return scales_embedding(self._profile) or bool(self._sizes[PER_LAYER])
+
+    def _prelude(self, pinned: bool) -> _Program:
+        """What happens to the embedding before the first layer."""
+        key = ("prelude", pinned)
+        if key in self._programs:
+            return self._programs[key]
+        tape = Tape()
+        result = RESIDUAL
+        exports: dict[int, int] = {}
+        if scales_embedding(self._profile):
+            result = tape.op(self._embedding_bytes, RESIDUAL, into=(RESIDUAL,))
+        if self._sizes[PER_LAYER]:
+            size = self._sizes[PER_LAYER]
+            rows = tape.op(size)
+            projected = tape.op(size, result)
+            normed = tape.op(size, projected)
+            exports[PER_LAYER] = tape.op(size, tape.op(size, normed, rows, into=(normed,)))
+            if self._profile.integer("altup.num_inputs"):
+                wide = self._sizes[RESIDUAL]
+                rest = tape.op(wide - self._embedding_bytes, result)
+                result = tape.op(wide, result, rest)
+        if result != RESIDUAL:
+            exports[RESIDUAL] = result
+        sizes = {**self._sizes, RESIDUAL: self._embedding_bytes}
+        steps, found = tape.compile(exports, sizes=sizes, kept=frozenset({RESIDUAL} if pinned else ()) if exports else {RESIDUAL})
+        self._programs[key] = _Program(len(self._programs), steps, found)
+        return self._programs[key]
+
+    def _layer(
+        self, i: int, *, last: bool, offloaded: bool, host_experts: bool, normed: bool, brings: int, kept: frozenset[int]
+    ) -> _Program:
+        key = (self._kinds[i], last, offloaded, host_experts, normed, brings, kept)
+        if key in self._programs:
+            return self._programs[key]
+        graph = LayerGraph(
+            self._profile,
+            i,
+            self._caches[i],
+            self._scale,
+            last=last,
+            offloaded=offloaded,
+            host_experts=host_experts,
+            normed=normed,
+            brings_mask=self._sizes[brings] if brings else 0,
+        )
+        exports = {RESIDUAL: graph.result}
+        if brings and graph.mask >= 0:
+            exports[brings] = graph.mask
+        return self._program(key, graph.tape, exports, kept)
+
+    def _output(self) -> _Program:
+        """The last norm, the choice of rows, and the logits."""
+        key = "output"
+        if key in self._programs:
+            return self._programs[key]
+        profile, scale = self._profile, self._scale
+        tape = Tape()
+        family = family_of(profile.architecture)
+        encoder = family is not None and "encoder" in family.features
+        late = profile.architecture in LATE_OUTPUTS
+        tokens = scale.tokens if late or encoder else scale.outputs
+        width = profile.embedding_length
+        shifted = "output_norm.bias" in profile.model_tensors  # a LayerNorm, which never works in place
+        x = tape.op(width * tokens * F32, RESIDUAL, into=() if shifted else (RESIDUAL,))
+        exports = {}
+        if encoder:
+            mean = tape.op(scale.tokens * scale.tokens * F32)
+            exports[NORMED] = tape.op(width * F32, x, tape.op(width * tokens * F32, x), mean)
+        else:
+            if late:
+                exports[NORMED] = x
+                x = tape.op(width * scale.outputs * F32, x)
+            exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
+        return self._program(key, tape, exports, frozenset((MASK, WINDOW_MASK, PER_LAYER)))
+
+
+def _place_in_model(profile: ModelProfile, i: int) -> object:
+    """What besides its tensors tells a layer from another of its kind."""
+    heads = profile.per_layer("attention.head_count")[i]
+    return heads, profile.architecture == "llama4" and (i + 1) % 4 == 0, profile.architecture == "gemma3n" and i < 10
+
+
+def scales_embedding(profile: ModelProfile) -> bool:
+    """Whether the embedding is multiplied by a constant on the first device."""
+    architecture = profile.architecture
+    return (
+        architecture.startswith(("gemma", "minicpm"))
+        or architecture in {"afmoe", "grok"}
+        or bool(profile.metadata.get(f"{architecture}.embedding_scale"))
+    )
+
+
+def compute_model(profile: ModelProfile, settings: LoadSettings) -> ComputeModel:
+    """The compute model of a profile with these settings; made once."""
+    key = ("compute", settings)
+    found: ComputeModel | None = profile.memo.get(key)
+    if found is None:
+        found = profile.memo[key] = ComputeModel(profile, settings)
+    return found
+
+
+__all__ = ["PIPELINE_COPIES", "ComputeModel", "DevicePart", "compute_model", "window_tokens"]

@@ -1,0 +1,637 @@
+"""Which tensors llama.cpp makes while it computes one layer: a tape for each kind of layer.
+
+Order and sizes are those of ``llm_graph_context::build_{norm,qkv,ffn,moe_ffn,attn,attn_mha,rs}`` (``src/llama-graph.cpp``) and of
+``src/models/<architecture>.cpp``, llama.cpp b10488, on CUDA. What a layer computes is read from its own tensors, so that a new
+architecture made of known parts needs no code here. Activations are F32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from planner.cache import LayerCache, is_recurrent, sequence_ctx, ubatch_tokens, window_cells, window_tokens
+from planner.families import family_of
+from planner.profile import ModelProfile, Tensor
+from planner.quantization import GgmlType, ggml_type
+from planner.settings import LoadSettings
+from planner.tape import Tape
+
+F32, F16, I32 = 4, 2, 4
+"""Bytes of an element."""
+
+RESIDUAL, NORMED, MASK, WINDOW_MASK, PER_LAYER = -1, -2, -3, -4, -5
+"""What lives when a layer begins: its input; that input normed, where the device before did that; masks; per-layer embeddings."""
+
+DELTA_CHUNK_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """What is computed at a time: tokens of a micro-batch, tokens whose logits are wanted, cells that attention sees."""
+
+    tokens: int
+    outputs: int
+    sequences: int
+    cells: int
+    window_cells: int
+    flash_attention: bool
+    keys: GgmlType
+    values: GgmlType
+
+
+def scale_of(profile: ModelProfile, settings: LoadSettings) -> Scale:
+    """The graph that ``llama_context::sched_reserve`` measures: a full micro-batch against full caches."""
+    family = family_of(profile.architecture)
+    encoder = family is not None and bool({"encoder", "no_cache"} & family.features)
+    sequences = settings.parallel
+    tokens = min(ubatch_tokens(settings, causal=not encoder), sequence_ctx(settings) * sequences)
+    tokens = -(-tokens // sequences) * sequences
+    return Scale(
+        tokens=tokens,
+        outputs=min(tokens, settings.outputs or tokens),
+        sequences=sequences,
+        cells=tokens if encoder else sequence_ctx(settings),
+        window_cells=tokens if encoder else window_cells(settings, window_tokens(profile)),
+        flash_attention=settings.flash_attention,
+        keys=ggml_type("f16" if encoder else settings.kv_type_k),
+        values=ggml_type("f16" if encoder else settings.kv_type_v),
+    )
+
+
+class LayerGraph:
+    """Writes the tape of one repeating layer; ``result`` is the tensor that the next layer reads.
+
+    * ``last``: the model's last layer, which goes on with the tokens of the output alone.
+    * ``offloaded``: the layer lies in RAM; its weights and its cache are copied over as they are needed (``op_offload``).
+    * ``host_experts``: only the routed experts lie in RAM.
+    * ``normed``: the first norm came from the device before.
+    * ``brings_mask``: bytes of the attention mask, where this layer is the first to need it; it is then ``mask``.
+    """
+
+    def __init__(
+        self,
+        profile: ModelProfile,
+        index: int,
+        cache: LayerCache,
+        scale: Scale,
+        *,
+        last: bool = False,
+        offloaded: bool = False,
+        host_experts: bool = False,
+        normed: bool = False,
+        brings_mask: int = 0,
+    ) -> None:
+        self.tape = Tape()
+        self._profile = profile
+        self._family = family_of(profile.architecture)
+        self._index = index
+        self._weights: Mapping[str, Tensor] = profile.layer_tensors[index]
+        self._cache = cache
+        self._scale = scale
+        self._tokens = scale.tokens
+        self._offloaded = offloaded
+        self._host_experts = host_experts or offloaded
+        self._width = profile.embedding_length
+        self.mask = WINDOW_MASK if cache.windowed else MASK
+        self._brings_mask = brings_mask
+        self.result = self._layer(last=last, normed=normed)
+
+    # one operation each
+
+    def _has(self, *names: str) -> bool:
+        return any(f"{name}.weight" in self._weights for name in names)
+
+    def _out(self, name: str) -> int:
+        shape = self._weights[f"{name}.weight"].shape
+        return shape[1] if len(shape) > 1 else shape[0]
+
+    def _op(self, features: int, *reads: int, into: tuple[int, ...] = ()) -> int:
+        return self.tape.op(features * self._tokens * F32, *reads, into=into)
+
+    def _copied(self, name: str, *, expert: bool = False) -> tuple[int, ...]:
+        """The copy of a weight that lies in RAM; nothing where it lies on the device."""
+        away = self._host_experts if expert else self._offloaded
+        return (self.tape.op(self._weights[name].bytes),) if away and name in self._weights else ()
+
+    def _project(self, name: str, x: int) -> int:
+        """``build_lora_mm``; the bias is added in place."""
+        weight = self._copied(f"{name}.weight")
+        result = self._op(self._out(name), x, *weight)
+        return self._in_place(result) if f"{name}.bias" in self._weights else result
+
+    def _in_place(self, x: int, *others: int) -> int:
+        return self.tape.op(self.tape.size(x), x, *others, into=(x,))
+
+    def _norm(self, x: int, features: int | None = None) -> int:
+        """``build_norm``: over the input where nobody else reads it; its scale and shift are in place."""
+        return self._op(features or self._width, x, into=(x,))
+
+    def _norm_view(self, x: int, features: int) -> int:
+        return self._op(features, x)
+
+    def _add(self, a: int, b: int) -> int:
+        return self.tape.op(max(self.tape.size(a), self.tape.size(b)), a, b, into=(a, b))
+
+    # attention
+
+    def _attention(self, x: int) -> int:
+        """Grouped-query attention, with its projection: ``build_qkv``, ``build_attn``."""
+        cache, scale = self._cache, self._scale
+        value_features = self._value_features()
+        q_features = self._query_features()
+        gate = None
+        if self._has("attn_qkv"):
+            fused = self._project("attn_qkv", x)
+            q = self._positioned("attn_q_norm", fused, q_features)
+            k = self._positioned("attn_k_norm", fused, cache.key_elements)
+            v = self._rotated(fused, value_features, scale.values)
+            q = self._rotated(q, q_features, scale.keys)
+            k = self._rotated(k, cache.key_elements, scale.keys)
+            self.tape.use(k)
+            self.tape.use(v)
+        else:
+            joint = self._project("attn_q", x)
+            gated = self._out("attn_q") == 2 * q_features and self._has("attn_q_norm")
+            q = self._positioned("attn_q_norm", joint, q_features)
+            q = self._rotated(q, q_features, scale.keys)
+            if self._has("attn_k"):
+                self._store_keys_and_values(x, value_features)
+            if gated:  # Qwen3-Next: the projection holds query and gate
+                gate = self._op(q_features, joint)
+        result = self._attend(q, q_features, value_features)
+        if gate is not None:
+            result = self._in_place(result, self._in_place(gate))
+        if self._has("attn_gate") and not is_recurrent(self._weights):
+            result = self._in_place(result, self._in_place(self._project("attn_gate", x)))
+        if self._has("attn_sub_norm"):
+            result = self._norm_view(result, self._out("attn_output"))
+        return self._project("attn_output", result) if self._has("attn_output") else result
+
+    def _query_features(self) -> int:
+        heads = self._profile.per_layer("attention.head_count")[self._index]
+        heads_kv = self._profile.per_layer_or("attention.head_count_kv", self._profile.per_layer("attention.head_count"))
+        return heads * (self._cache.key_elements // max(heads_kv[self._index], 1))
+
+    def _value_features(self) -> int:
+        return self._cache.value_elements
+
+    def _store_keys_and_values(self, x: int, value_features: int) -> None:
+        """V before K in one cache, K before V where there are two (``build_attn`` of ``attn_kv`` and ``attn_kv_iswa``)."""
+        scale = self._scale
+        windows = window_tokens(self._profile) > 0
+
+        def values() -> int:
+            if not self._has("attn_v"):
+                return self._norm_view(keys_raw, value_features)
+            v = self._project("attn_v", x)
+            if self._profile.architecture in VALUE_NORM:
+                v = self._norm_view(v, value_features)
+            return self._rotated(v, value_features, scale.values)
+
+        def keys() -> int:
+            k = self._positioned("attn_k_norm", keys_raw, self._cache.key_elements)
+            return self._rotated(k, self._cache.key_elements, scale.keys)
+
+        if windows or not self._has("attn_v"):
+            keys_raw = self._project("attn_k", x)
+            k = keys()
+            v = values()
+        else:
+            v = values()
+            keys_raw = self._project("attn_k", x)
+            k = keys()
+        self.tape.use(k)
+        self.tape.use(v)
+
+    def _positioned(self, norm: str, x: int, features: int) -> int:
+        """The optional norm of queries or keys, then their rotation; the first of the two reads a view, so makes a new tensor."""
+        if self._has(norm) or rotates(self._profile, self._index, self._cache):
+            return self._op(features, x)
+        return x
+
+    def _rotated(self, x: int, features: int, cache_type: GgmlType) -> int:
+        """Quantized caches hold values rotated by a Hadamard matrix (``llama_mul_mat_hadamard``)."""
+        return self._op(features, x) if cache_type.block_size > 1 and self._uniform_heads() else x
+
+    def _uniform_heads(self) -> bool:
+        """Whether ``llama_kv_cache`` rotates: heads of one size, a multiple of 64."""
+        head = self._profile.integer("attention.key_length") or self._width // max(
+            self._profile.integer("attention.head_count"), 1
+        )
+        return head % 64 == 0
+
+    def _cells(self) -> int:
+        return self._scale.window_cells if self._cache.windowed else self._scale.cells
+
+    def _attend(self, q: int, q_features: int, value_features: int, *, latent: bool = False) -> int:
+        """``build_attn_mha``: one fused operation, or the scores as a matrix."""
+        scale, cache = self._scale, self._cache
+        heads = self._profile.per_layer("attention.head_count")[self._index]
+        heads_kv = (
+            1
+            if latent
+            else max(
+                self._profile.per_layer_or("attention.head_count_kv", self._profile.per_layer("attention.head_count"))[
+                    self._index
+                ],
+                1,
+            )
+        )
+        out_features = heads * value_features // heads_kv
+        cells = self._cells() * scale.sequences
+        copies: tuple[int, ...] = ()
+        if self._offloaded and cache.owns_cache:
+            copies = (self.tape.op(scale.keys.row_bytes(cache.key_elements) * cells),)
+            if not latent:
+                copies += (self.tape.op(scale.values.row_bytes(value_features) * cells),)
+        if self._brings_mask:
+            self.mask = self.tape.op(self._brings_mask)
+        if scale.flash_attention:
+            extra = 0
+            reads = (q, *copies, self.mask)
+            if scale.keys.name == "F32":  # cast before, not inside
+                reads += (self.tape.op(cells * cache.key_elements * F16),)
+            elif scale.keys.name != "F16":
+                extra += cells * cache.key_elements * F16
+            if not latent and scale.values.name == "F32":
+                reads += (self.tape.op(cells * value_features * F16),)
+            elif not latent and scale.values.name != "F16":
+                extra += cells * value_features * F16
+            result = self.tape.op(out_features * self._tokens * F32 + extra, *reads)
+            if self._rotates_values(latent):
+                result = self._op(out_features, result)
+            return result
+        scores = self.tape.op(self._cells() * self._tokens * heads * F32, q, *copies[:1])
+        scores = self._in_place(scores, self.mask)
+        result = self._op(out_features, scores, *copies[1:])
+        if latent:
+            return result
+        result = self._op(out_features, result)
+        return self._op(out_features, result) if self._rotates_values(latent) else result
+
+    def _rotates_values(self, latent: bool) -> bool:
+        return not latent and self._scale.values.block_size > 1 and self._uniform_heads()
+
+    def _latent_attention(self, x: int) -> int:
+        """Multi-head latent attention with absorption (``src/models/deepseek2.cpp``)."""
+        heads = self._profile.per_layer("attention.head_count")[self._index]
+        rank = self._profile.integer("attention.kv_lora_rank")
+        rope = self._cache.key_elements - rank
+        value_head = self._profile.integer("attention.value_length_mla")
+        if self._has("attn_q_a"):
+            q = self._project("attn_q_b", self._norm(self._project("attn_q_a", x), self._out("attn_q_a")))
+        else:
+            q = self._project("attn_q", x)
+        absorbed = self._op(heads * rank, q, *self._copied("attn_k_b.weight"))
+        position = self._op(heads * rope, q)
+        query = self._op(heads * self._cache.key_elements, absorbed, position)
+        compressed = self._project("attn_kv_a_mqa", x)
+        value = self._op(rank, compressed)
+        key_position = self._op(rope, compressed)
+        key = self._op(self._cache.key_elements, value, key_position)
+        self.tape.use(key)
+        result = self._attend(query, heads * self._cache.key_elements, rank, latent=True)
+        result = self._op(heads * value_head, result, *self._copied("attn_v_b.weight"))
+        result = self._op(heads * value_head, result)
+        return self._project("attn_output", result)
+
+    def _expanded_latent_attention(self, x: int) -> int:
+        """Latent attention whose keys and values are expanded before they are cached (files without ``key_length_mla``)."""
+        heads = self._profile.per_layer("attention.head_count")[self._index]
+        key_features, value_features = self._cache.key_elements, self._cache.value_elements
+        rank = self._profile.integer("attention.kv_lora_rank")
+        if self._has("attn_q_a"):
+            q = self._project("attn_q_b", self._norm(self._project("attn_q_a", x), self._out("attn_q_a")))
+        else:
+            q = self._project("attn_q", x)
+        rope = self._profile.integer("rope.dimension_count")
+        query = self._op(key_features, q, self._op(heads * rope, q))
+        compressed = self._project("attn_kv_a_mqa", x)
+        expanded = self._project("attn_kv_b", self._op(rank, compressed))
+        value = self._op(value_features, expanded)
+        key = self._op(key_features, expanded, self._op(rope, compressed))
+        self.tape.use(key)
+        self.tape.use(value)
+        return self._project("attn_output", self._attend(query, key_features, value_features))
+
+    # recurrent layers
+
+    def _state(self, elements: int) -> int:
+        return self.tape.op(elements * self._scale.sequences * F32)
+
+    def _convolution(self, x: int, channels: int, taps: int) -> int:
+        """The last states before the tokens, transposed, then ``ggml_ssm_conv``."""
+        states = self._state((taps - 1) * channels)
+        joined = self.tape.op((self._tokens + (taps - 1) * self._scale.sequences) * channels * F32, states, x)
+        return self._in_place(self._op(channels, joined))
+
+    def _delta_net(self, x: int) -> int:
+        """Gated delta net (``src/models/qwen3next.cpp``, ``qwen35.cpp``, ``delta-net-base.cpp``), fused on CUDA."""
+        profile = self._profile
+        inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
+        groups, heads = profile.integer("ssm.group_count"), profile.integer("ssm.time_step_rank")
+        head = inner // max(heads, 1)
+        channels = inner + 2 * groups * state
+        mixed = self._project("attn_qkv", x) if self._has("attn_qkv") else self._op(channels, self._project("ssm_in", x))
+        convolved = self._convolution(mixed, channels, profile.integer("ssm.conv_kernel"))
+        memory = self._state(head * head * heads)
+        q, k = self._op(groups * state, convolved), self._op(groups * state, convolved)
+        decay, beta = self._op(heads, x), self._op(heads, x)
+        rows = self._tokens + head * self._scale.sequences
+        result = self.tape.op(inner * rows * F32, q, k, convolved, decay, beta, memory)
+        result = self._op(inner, result)
+        gate = self._project("attn_gate", x) if self._has("attn_gate") else self._op(inner, x)
+        gate = self._op(inner, gate)
+        return self._project("ssm_out", self._in_place(result, gate))
+
+    def _mamba2(self, x: int) -> int:
+        """``build_mamba2_layer`` (``src/models/mamba-base.cpp``)."""
+        profile = self._profile
+        inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
+        groups, heads = profile.integer("ssm.group_count"), profile.integer("ssm.time_step_rank")
+        channels = inner + 2 * groups * state
+        zxbcdt = self._project("ssm_in", x)
+        convolved = self._convolution(zxbcdt, channels, profile.integer("ssm.conv_kernel"))
+        step = self._in_place(self._op(heads, zxbcdt))
+        scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, step)
+        z = self._op(inner, zxbcdt)
+        scaled = self._op(inner, convolved)
+        y = self._in_place(scaled, scan)
+        y = self._op(inner, z, y)
+        if self._has("ssm_norm"):
+            y = self._norm_view(y, inner)
+        return self._project("ssm_out", y)
+
+    def _mamba(self, x: int) -> int:
+        """``build_mamba_layer`` (``src/models/mamba-base.cpp``)."""
+        profile = self._profile
+        inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
+        xz = self._project("ssm_in", x)
+        convolved = self._convolution(xz, inner, profile.integer("ssm.conv_kernel"))
+        b_c_dt = self._project("ssm_x", convolved)
+        step = self._project("ssm_dt", b_c_dt)
+        scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, b_c_dt, step)
+        z = self._op(inner, xz)
+        y = self._in_place(self._op(inner, convolved), scan)
+        y = self._op(inner, z, y)
+        return self._project("ssm_out", y)
+
+    def _short_convolution(self, x: int) -> int:
+        """LFM2's gated convolution (``src/models/lfm2.cpp``)."""
+        width, taps = self._width, self._profile.integer("shortconv.l_cache")
+        gates = self._project("shortconv.in_proj", x)
+        gated = self._op(width, gates)
+        states = self._state((taps - 1) * width)
+        joined = self.tape.op((self._tokens + (taps - 1) * self._scale.sequences) * width * F32, states, gated)
+        return self._project("shortconv.out_proj", self._in_place(self._op(width, joined), gates))
+
+    def _rwkv(self, x: int) -> int:
+        """Time mix of RWKV 6 and 7: an upper bound of what lives at a time (``src/models/rwkv{6,7}-base.cpp``)."""
+        mixed = self._op(6 * self._width, x)
+        parts = [self._op(self._width, mixed) for _ in range(6)]
+        state = self._state(self._profile.integer("wkv.head_size") * self._width)
+        return self._op(self._width, self._op(2 * self._width, *parts, state))
+
+    # feed-forward
+
+    def _feed_forward(self, x: int, suffix: str = "") -> int:
+        """``build_ffn``: gate before up, their product in a new tensor."""
+        up_name, gate_name, down_name = f"ffn_up{suffix}", f"ffn_gate{suffix}", f"ffn_down{suffix}"
+        inner = self._weights[f"{down_name}.weight"].shape[0]
+        if self._has(gate_name):
+            gate = self._project(gate_name, x)
+            up = self._project(up_name, x)
+            if self._profile.integer("altup.num_inputs") and self._sparse():
+                shifted = self._in_place(self._op(inner, gate))
+                hidden = self._in_place(self._in_place(shifted, gate), up)
+            else:
+                hidden = self._op(inner, gate, up)
+        else:
+            up = self._project(up_name, x)
+            hidden = self._in_place(up) if self._out(up_name) == inner else self._op(inner, up)
+        if self._has("ffn_sub_norm") and not suffix:
+            hidden = self._norm(hidden, inner)
+        return self._project(down_name, hidden)
+
+    def _sparse(self) -> bool:
+        """Gemma 3n's first layers keep the largest activations alone."""
+        return self._index < SPARSE_GEMMA3N_LAYERS
+
+    def _experts(self, x: int, router_input: int | None = None) -> int:
+        """``build_moe_ffn``: router, experts, weighted sum."""
+        profile, tokens = self._profile, self._tokens
+        experts, used = profile.expert_count, profile.experts_used
+        logits = self._project("ffn_gate_inp", x if router_input is None else router_input)
+        probabilities = self._in_place(logits)
+        biased = self._op(experts, probabilities) if "exp_probs_b.bias" in self._weights else probabilities
+        chosen = self.tape.op(experts * tokens * I32, biased)
+        weights = self._op(used, probabilities, chosen)
+        weights = self._op(used, weights)
+        if profile.architecture == "llama4":  # weighted before the experts, not after
+            x = self._in_place(self._op(used * self._width, x), weights)
+        if self._has("ffn_gate_up_exps"):
+            inner = self._out("ffn_gate_up_exps") // 2
+            both = self._op(2 * inner * used, x, chosen, *self._copied("ffn_gate_up_exps.weight", expert=True))
+            hidden = self._op(inner * used, both)
+        else:
+            inner = self._out("ffn_up_exps")
+            if self._has("ffn_gate_exps"):
+                gate = self._op(inner * used, x, chosen, *self._copied("ffn_gate_exps.weight", expert=True))
+                up = self._op(inner * used, x, chosen, *self._copied("ffn_up_exps.weight", expert=True))
+                hidden = self._op(inner * used, gate, up)
+            else:
+                hidden = self._in_place(self._op(inner * used, x, chosen, *self._copied("ffn_up_exps.weight", expert=True)))
+        down = self._op(self._width * used, hidden, chosen, *self._copied("ffn_down_exps.weight", expert=True))
+        if profile.architecture != "llama4":
+            down = self._in_place(down, weights)
+        return self._op(self._width, down)
+
+    def _mixture(self, x: int) -> int:
+        """Routed experts, and the shared ones where a layer has them."""
+        result = self._experts(x)
+        if self._has("ffn_up_shexp"):
+            shared = self._feed_forward(x, "_shexp")
+            if self._has("ffn_gate_inp_shexp"):
+                shared = self._in_place(shared, self._op(1, x))
+            result = self._add(result, shared)
+        return result
+
+    # the layer
+
+    def _mix(self, x: int) -> int | None:
+        """The part of a layer that looks at other tokens."""
+        weights = self._weights
+        if is_recurrent(weights):
+            if any(name.startswith("time_mix_") for name in weights):
+                return self._rwkv(x)
+            if self._has("shortconv.in_proj"):
+                return self._short_convolution(x)
+            if self._has("ssm_x"):
+                result = self._mamba(x)
+            elif any(name.startswith(("ssm_beta", "ssm_ba", "ssm_alpha")) for name in weights):
+                return self._delta_net(x)
+            else:
+                result = self._mamba2(x)
+            return self._add(result, self._attention(x)) if self._has("attn_q") else result
+        if self._has("attn_kv_a_mqa"):
+            return self._latent_attention(x) if not self._cache.value_elements else self._expanded_latent_attention(x)
+        return self._attention(x) if self._has("attn_q", "attn_qkv") else None
+
+    def _layer(self, *, last: bool, normed: bool) -> int:
+        if self._profile.integer("altup.num_inputs"):
+            return self._alternating_layer()
+        x = RESIDUAL
+        late = self._profile.architecture in LATE_OUTPUTS
+        crop = last and not late
+        if normed:
+            cur = NORMED
+        elif self._has("attn_norm", "ln1"):
+            cur = self._op(self._width, x)
+        else:
+            cur = x
+        attention_input = cur
+        mixed = self._mix(cur)
+        parallel = not self._has("ffn_norm", "post_attention_norm", "attn_output_norm", "attn_post_norm", "ffn_pre_norm", "ln2")
+        if mixed is not None:
+            cur = mixed
+            if self._has("post_attention_norm") and self._has("post_ffw_norm", "ffn_norm"):
+                cur = self._norm(cur)
+            if crop:
+                cur, x = self._crop(cur, x)
+                if parallel and self._has("ffn_up", "ffn_gate_inp"):
+                    attention_input = self._op(self._width, attention_input)
+            elif parallel and self._has("ffn_up", "ffn_gate_inp"):
+                pass
+            if not (parallel and self._has("ffn_up", "ffn_gate_inp")):
+                x = cur = self._add(cur, x)
+        elif crop:
+            cur, x = self._crop(cur, x)
+        if not self._has("ffn_up", "ffn_gate_inp"):
+            return x
+        if parallel and mixed is not None:
+            out = self._ffn(attention_input)
+            return self._add(self._add(out, cur), x)
+        if self._has("attn_output_norm"):
+            x = self._norm(x)
+        pre = self._has("ffn_norm") or (self._has("post_attention_norm") and not self._has("post_ffw_norm"))
+        if mixed is None:
+            out = self._ffn(cur)
+        elif self._has("ffn_gate_inp") and self._has("ffn_up") and self._has("post_ffw_norm_1"):
+            shared = self._norm(self._feed_forward(self._op(self._width, x)))
+            routed = self._op(self._width, x)
+            routed = self._norm(self._experts(routed, self._in_place(self._op(self._width, x))))
+            out = self._add(shared, routed)
+        else:
+            out = self._ffn(self._op(self._width, x) if pre else x)
+        if self._has("post_ffw_norm"):
+            out = self._norm(out)
+        result = self._add(out, x)
+        if self._has("layer_output_norm"):
+            result = self._norm(result)
+        if self._has("inp_gate"):  # Gemma 4's per-layer embeddings
+            gate = self._in_place(self._project("inp_gate", result), PER_LAYER)
+            result = self._add(result, self._norm(self._project("proj", gate)))
+        return result
+
+    def _crop(self, cur: int, x: int) -> tuple[int, int]:
+        """``inp_out_ids``: go on with the tokens whose logits are wanted."""
+        self._tokens = self._scale.outputs
+        return self._op(self._width, cur), self._op(self._width, x)
+
+    def _ffn(self, x: int) -> int:
+        if self._has("ffn_gate_inp"):
+            return self._mixture(x)
+        if any(name.startswith("channel_mix_") for name in self._weights):
+            return self._op(self._width, self._op(self._profile.integer("feed_forward_length"), x))
+        return self._feed_forward(x)
+
+    def _alternating_layer(self) -> int:
+        """Gemma 3n: several residual streams, predicted and corrected (``src/models/gemma3n.cpp``)."""
+        streams = self._profile.integer("altup.num_inputs")
+        width, wide = self._width, self._width * self._profile.integer("altup.num_inputs")
+        router = self._op(width, RESIDUAL)
+        coefficients = self._op(streams * streams, router)
+        permuted = self._op(wide, RESIDUAL)
+        predictions = self._op(wide, self._op(wide, permuted, coefficients))
+        predictions = self._in_place(predictions, RESIDUAL)
+        normed = self._op(width, predictions)
+        attended = self._norm(self._attention(normed))
+        attended = self._in_place(attended, predictions)
+        laurel = self._project("laurel_r", self._project("laurel_l", normed))
+        laurel = self._add(self._norm(laurel), normed)
+        attended = self._add(attended, laurel)
+        out = self._norm(self._feed_forward(self._op(width, attended)))
+        gated = self._add(out, attended)
+        innovation = self._op(wide, self._op(width, gated, predictions))
+        corrected = self._in_place(self._in_place(innovation, gated), predictions)
+        first = self._op(width, corrected)
+        first = self._in_place(self._project("inp_gate", first), PER_LAYER)
+        first = self._norm(self._project("proj", first))
+        rest = self._op(width * (streams - 1), corrected, first)
+        return self._op(wide, corrected, rest)
+
+
+SPARSE_GEMMA3N_LAYERS = 10
+"""Layers with sparse activations (``n_layer_sparsity`` in ``src/models/models.h``)."""
+
+VALUE_NORM = frozenset({"gemma3n", "gemma4"})
+"""Architectures that norm values too."""
+
+LATE_OUTPUTS = frozenset(
+    {
+        "gemma3n",
+        "gemma4",
+        "gpt-oss",
+        "hy-v3",
+        "nemotron_h",
+        "qwen35",
+        "qwen35moe",
+        "qwen3next",
+        "step35",
+        "cohere2moe",
+        "bailingmoe3",
+    }
+)
+"""Architectures that choose the rows of the output after the last norm (``embeddings_nextn_masked``)."""
+
+NO_ROTATION = frozenset(
+    {
+        "bert",
+        "bloom",
+        "gpt2",
+        "granitehybrid",
+        "jais",
+        "jamba",
+        "jina-bert-v2",
+        "mpt",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "refact",
+        "starcoder",
+    }
+)
+"""Architectures without rotary positions."""
+
+ROTATION_IN_WINDOWS = frozenset({"cohere2", "exaone4"})
+"""Architectures whose windowed layers alone have rotary positions."""
+
+
+def rotates(profile: ModelProfile, index: int, cache: LayerCache) -> bool:
+    """Whether a layer's queries and keys are rotated."""
+    if profile.architecture in ROTATION_IN_WINDOWS:
+        return cache.windowed
+    if profile.architecture == "llama4":
+        return (index + 1) % 4 != 0
+    return profile.architecture not in NO_ROTATION
+
+
+def weight_signature(profile: ModelProfile, index: int) -> tuple[tuple[str, tuple[int, ...], int], ...]:
+    """What tells kinds of layers apart: names, shapes and bytes of their tensors."""
+    return tuple((name, tensor.shape, tensor.bytes) for name, tensor in profile.layer_tensors[index].items())
+
+
+def largest_weight(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the largest of a layer's tensors."""
+    return max((tensor.bytes for tensor in tensors.values() if prod(tensor.shape)), default=0)
