@@ -94,21 +94,53 @@ def choose_load(profile: ModelProfile, rig: Rig, options: RunnerOptions, environ
     """Stock's load of ``profile`` on ``rig`` with ``num_ctx`` tokens."""
     settings = LoadSettings(num_ctx=num_ctx, parallel=environment.num_parallel)
     n = len(rig.gpus)
+    predicted = _predicted(profile, settings)
     if options.num_gpu == 0 or not n:
         placement = on_cpu(n_gpus=n, n_layers=profile.n_layers)
+    elif environment.honours_tensor_split and options.tensor_split:
+        weights = [float(x) for x in options.tensor_split.split(",")]
+        placement = _proportional(profile, weights)
+    elif environment.era == "llama-server" and options.main_gpu is not None and options.main_gpu < n:
+        placement = solo(options.main_gpu, n_gpus=n, n_layers=profile.n_layers)
     else:
-        best = max(range(n), key=lambda i: rig.gpus[i].free_bytes)
-        placement = solo(best, n_gpus=n, n_layers=profile.n_layers)
-    memory = estimate_memory(profile, settings, placement)
+        threshold = 0.8 if environment.era == "llama-server" else 0.97
+        fitting = [i for i, gpu in enumerate(rig.gpus) if predicted <= threshold * gpu.free_bytes]
+        if fitting and not environment.sched_spread:
+            placement = solo(max(fitting, key=lambda i: rig.gpus[i].free_bytes), n_gpus=n, n_layers=profile.n_layers)
+        else:
+            placement = _proportional(profile, [gpu.free_bytes for gpu in rig.gpus])
+    memory = estimate_memory(profile, settings, placement, runtime_bytes=[457 * 2**20] * n)
+    free = sum(rig.gpus[i].free_bytes for i in placement.order)
+    seconds = sum(d.weights_bytes / (g.bandwidth_bytes_per_s or 1) for d, g in zip(memory.devices, rig.gpus, strict=True))
+    partial = 0 < options.num_gpu < profile.n_layers + 1
     return Load(
         placement=placement,
         settings=settings,
         memory=memory,
-        decode_tokens_per_s=50.0,
-        prefill_tokens_per_s=1000.0,
-        wants_more_room=False,
+        decode_tokens_per_s=0.7 / seconds if seconds else 5.0,
+        prefill_tokens_per_s=20 / seconds if seconds else 50.0,
+        wants_more_room=bool(placement.order) and not partial and predicted > 0.8 * free,
         num_gpu=options.num_gpu,
     )
+
+
+def _predicted(profile: ModelProfile, settings: LoadSettings) -> int:
+    heads = max(profile.integer("attention.head_count"), 1)
+    kv_heads = min(profile.per_layer("attention.head_count_kv", heads), default=heads)
+    return profile.file_bytes + 4 * profile.n_layers * kv_heads * (profile.embedding_length // heads) * settings.total_ctx
+
+
+def _proportional(profile: ModelProfile, weights: list[float] | list[int]) -> Placement:
+    total, layers, used = sum(weights), [], 0.0
+    n = profile.n_layers + 1
+    for weight in weights:
+        before = round(used / total * n)
+        used += weight
+        layers.append(round(used / total * n) - before)
+    last = max(i for i, count in enumerate(layers) if count)
+    layers[last] -= 1
+    order = tuple(i for i, count in enumerate(layers) if count or i == last)
+    return Placement(layers=tuple(layers), order=order, output_gpu=last)
 
 
 def _cuda_out_of_memory(shown: int, memory: MemoryEstimate, index: int, free_bytes: int) -> str:
