@@ -50,7 +50,7 @@ def _number(value: float) -> str:
 def shortest_float32(value: float) -> float:
     """The float with the fewest digits that is the same single-precision number: how Go prints a ``float32``."""
     single = c_float(value).value
-    shorts = (float(f"{value:.{digits}g}") for digits in range(1, 10))  # nine digits always suffice
+    shorts = (float(f"{single:.{digits}g}") for digits in range(1, 10))  # nine digits always suffice
     return next(short for short in shorts if c_float(short).value == single)
 
 

@@ -72,3 +72,9 @@ def test_other_values_are_refused():
 )
 def test_timestamps_have_as_many_digits_as_they_need(unix_ns, text):
     assert gojson.timestamp(unix_ns) == text
+
+
+@given(st.floats(-1, 1))
+def test_a_double_is_rounded_to_single_precision_first(value):
+    """Nine digits of the double itself may belong to the next single-precision number."""
+    assert gojson.shortest_float32(value) == gojson.shortest_float32(struct.unpack("<f", struct.pack("<f", value))[0])
