@@ -88,6 +88,7 @@ class Catalog:
         self._clock = clock
         self._entries: dict[str, _Entry] = {}
         self._listed_at: float | None = None
+        self._changes = 0
         self._facts: OrderedDict[str, ModelFacts | str] = OrderedDict()  # by digest; a text is why it can't be planned
         self._running: dict[str, asyncio.Task[Any]] = {}
 
@@ -117,6 +118,7 @@ class Catalog:
     def forget(self) -> None:
         """Call after anything that may give a name another digest: pull, create, copy, delete."""
         self._listed_at = None
+        self._changes += 1
 
     async def _entry(self, full: str) -> _Entry | None:
         fresh = self._listed_at is not None and self._clock() - self._listed_at < DIGESTS_GOOD_S
@@ -125,12 +127,13 @@ class Catalog:
         return self._entries.get(full)
 
     async def _list(self) -> None:
-        asked_at = self._clock()
+        asked_at, changes = self._clock(), self._changes
         answer = await self._ask("GET", "/api/tags")
         models = answer.get("models") or []
         entries = [_entry(model) for model in models if isinstance(model, dict)] if isinstance(models, list) else []
         self._entries = {full_name(entry.name): entry for entry in entries if entry.name and entry.digest}
-        self._listed_at = asked_at
+        if changes == self._changes:  # else the answer may be of before the change
+            self._listed_at = asked_at
 
     async def _learn(self, entry: _Entry) -> ModelFacts | str:
         try:

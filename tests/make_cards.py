@@ -18,7 +18,7 @@ LEAST_COMPUTE_CAPABILITY = (5, 0)
 """Ollama's CUDA builds go back to Maxwell (docs/gpu.md)."""
 NO_CARD = re.compile(
     r"GRID|DRIVE|CMP|Embedded|Jetson|PROD|\bG[ABDKMPT]\d{3}\b|\b(AD|TU)\d{3}\b|\bPG\d{3}|P10[246]|\d{4}SP|DGXS|Switch|Refresh|Rev\."
-    r"|\d+Gbps|-\d+Q$|CEO|Duo|CNX|OEM"
+    r"|\d+Gbps|-\d+Q$|CEO|Duo|CNX|OEM|(?<!Blackwell) Max-Q"
 )
 AMD = re.compile(r"Radeon (RX [5-9]\d{3}|VII|AI PRO|PRO W[5-7]|Pro W[5-7]|PRO V620|Instinct MI(50|60|[1-9]\d\d))")
 INTEL = re.compile(r"Arc (A[3-7]\d\d|B[5-7]\d|Pro)")

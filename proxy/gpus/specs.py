@@ -1,6 +1,6 @@
 """A table of cards by name: what ``--gpu "RTX 5090"`` stands for.
 
-``cards.csv`` beside this file holds some 450 cards; ``tests/make_cards.py`` writes it and says where the figures come from.
+``cards.csv`` beside this file holds some 400 cards; ``tests/make_cards.py`` writes it and says where the figures come from.
 """
 
 from __future__ import annotations

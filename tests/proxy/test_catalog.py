@@ -108,6 +108,17 @@ async def test_any_architecture_by_api_show_alone(ollama, path):
     assert ollama.asked == ["tags", "show m:latest"] + ["show m:latest verbose"] * has_arrays
 
 
+@pytest.mark.parametrize("left_out", [None, []])
+async def test_arrays_that_were_left_out_are_asked_for(ollama, left_out):
+    """Ollama shortens arrays to null or to nothing, by its version."""
+    profile = read_profile(HEADERS / "gemma4-31b-q4km.gguf")
+    show = show_of(profile)
+    info = {key: left_out if isinstance(value, list) else value for key, value in show["model_info"].items()}
+    ollama.add("m:latest", show | {"model_info": info, "verbose": show})
+    assert (await ollama.catalog().facts("m")).profile.metadata == profile.metadata
+    assert ollama.asked[-1] == "show m:latest verbose"
+
+
 @pytest.fixture
 def store(tmp_path):
     """Three blobs as Ollama stores them: a model, a projector, an adapter; each file named by a hash."""
@@ -261,6 +272,19 @@ async def test_a_name_that_is_pulled_anew_gets_new_facts(ollama):
     ollama.add("new:latest", SMALL, digest="3" * 64)
     assert (await catalog.facts("new")).digest == "3" * 64  # not in the list of a moment ago: looked up at once
     assert ollama.asked == ["tags", "show m:latest", "tags", "show m:latest", "tags", "tags", "show new:latest"]
+
+
+async def test_a_change_while_the_list_is_on_its_way(ollama):
+    """A list that was asked for before ``forget`` does not count as fresh after it."""
+    catalog = ollama.catalog()
+    ollama.add("m:latest", SMALL, digest="1" * 64)
+    ollama.delay_s = 0.02
+    asking = asyncio.create_task(catalog.facts("m"))
+    await asyncio.sleep(0.01)
+    catalog.forget()
+    await asking
+    ollama.add("m:latest", SMALL, digest="2" * 64)
+    assert (await catalog.facts("m")).digest == "2" * 64
 
 
 async def test_many_questions_at_once_are_one_exchange(ollama):

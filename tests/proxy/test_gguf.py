@@ -155,6 +155,7 @@ def test_a_file_that_shrinks_while_it_is_read():
         (head(tensors=2) + tensor("t", 0, (32,), 0) + tensor("t", 0, (32,), 128), "twice"),
         (head(tensors=1) + tensor("t", 0, (2**40,), 0) + bytes(64), "are missing"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_lengths_that_lie_and_types_that_do_not_exist(data, says):
     """Each is refused at once, with a message that names the thing."""
@@ -169,6 +170,13 @@ def test_a_string_beyond_the_file_inside_a_long_array(length):
     count = MAX_ARRAY_KEPT + 1
     array = string("k") + struct.pack("<IIQ", 9, 8, count) + string("abc") * 700 + struct.pack("<Q", length) + bytes(8 * count)
     assert "k at byte" in refused(head(keys=1) + array)
+
+
+def test_the_last_string_of_the_last_array_ends_beyond_the_file():
+    """Nothing follows that would notice it."""
+    count = MAX_ARRAY_KEPT + 1
+    array = string("k") + struct.pack("<IIQ", 9, 8, count) + string("abc") * count
+    assert "k at byte" in refused((head(keys=1) + array)[:-1])
 
 
 def test_a_header_longer_than_any_real_one(tmp_path):

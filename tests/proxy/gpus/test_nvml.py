@@ -214,12 +214,13 @@ def test_a_broken_nvml_is_a_clear_error(nvml, says):
 
 def test_recovers_when_the_driver_does():
     """After an error the next decision opens NVML anew and asks all facts again."""
-    nvml = pair(MemoryInfo=fails("GpuIsLost"))
+    nvml = FakeNvml(CARDS["3090"], {**CARDS["5090"], "MemoryInfo": fails("GpuIsLost")})
     source = NvmlSource(nvml=nvml)
     with pytest.raises(GpuError):
         source.rig()
-    nvml.cards[0]["MemoryInfo"] = CARDS["3090"]["MemoryInfo"]
+    nvml.cards[1]["MemoryInfo"] = CARDS["5090"]["MemoryInfo"]
     assert len(source.rig().gpus) == 2
+    assert nvml.calls.count("Name") == 1 + 2
     assert [call for call in nvml.calls if call in ("Init", "Shutdown")] == ["Init", "Shutdown", "Init"]
     source.close()
     source.close()

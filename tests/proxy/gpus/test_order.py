@@ -83,6 +83,12 @@ def test_an_order_given_by_the_user(names, ordered):
     assert order(names=tuple(names)) == ordered
 
 
+def test_a_name_means_the_card_that_has_no_more_words():
+    """``RTX 3090`` is the 3090, though the 3090 Ti comes before it."""
+    later = gpu("RTX 3090", "dd4", 3, 82)
+    assert in_ollama_order([TI, later], DeviceOrder(names=("RTX 3090",))) == (later, TI)
+
+
 @pytest.mark.parametrize(("names", "says"), [(("RTX 4090",), "names 'RTX 4090'"), (("GPU-aa",), "beginning of 2 UUIDs")])
 def test_an_order_that_means_no_card(names, says):
     """Refused, listing the cards that are there."""

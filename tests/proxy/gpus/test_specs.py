@@ -80,9 +80,11 @@ def test_a_name_that_several_cards_have(written):
         find_card(written)
 
 
-@pytest.mark.parametrize("written", ["RTX 5900", "GeForce 5095", "RTX", "", "   ", "banana", "RTX 3090 x2", "RTX 5090x " * 1000])
+@pytest.mark.parametrize(
+    "written", ["RTX 5900", "GeForce 5095", "RTX", "", "   ", "banana", "RTX 3090 x2", "RTX 5090x " * 1000, "RTX 3050 Ti"]
+)
 def test_an_unknown_name(written):
-    """An error, with the nearest names where there are any."""
+    """An error, with the nearest names where there are any; a card that exists in laptops alone is not meant by its bare name."""
     with pytest.raises(GpuError, match="no card is known as"):
         find_card(written)
 
@@ -95,7 +97,7 @@ def test_the_nearest_names_are_near():
 
 def test_figures_of_all_cards_are_possible():
     """No line of the table slipped: SMs, clocks, memory and bandwidth within what has been built."""
-    assert len(cards()) > 400
+    assert len(cards()) > 300
     for card in cards():
         assert 2 <= card.sm_count <= 400, card
         assert 500 <= card.clock_mhz <= 3500, card
