@@ -1,7 +1,6 @@
 """Which models are loaded, where, and when they are loaded again: Ollama's rules on a simulated RTX 5090 and RTX 3090."""
 
 import time
-from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -64,23 +63,34 @@ class Ollama:
         return self.simulator.scheduler.count(kind, model)
 
 
-@contextmanager
-def running(rig=PAIR, *, era="llama-server", **environment):
-    simulator = Simulator(rig, MODELS, environment=Environment(era=era, **environment))
-    with serve(create_app(simulator)) as url, httpx.Client(base_url=url, timeout=20) as client:
-        yield Ollama(simulator, client)
+@pytest.fixture(scope="module")
+def server():
+    """One server for all tests; each puts its own simulator behind it."""
+    app = create_app(Simulator(PAIR))
+    with serve(app) as url, httpx.Client(base_url=url, timeout=20) as client:
+        yield app, client
 
 
 @pytest.fixture
-def ollama():
-    with running() as started:
-        yield started
+def start(server):
+    """Starts an Ollama on a rig, of an era, with an environment."""
+    app, client = server
+
+    def start_one(rig=PAIR, *, time_scale=0.0, **environment):
+        app.simulator = Simulator(rig, MODELS, environment=Environment(**environment), time_scale=time_scale)
+        return Ollama(app.simulator, client)
+
+    return start_one
 
 
 @pytest.fixture
-def older():
-    with running(era="runner") as started:
-        yield started
+def ollama(start):
+    return start()
+
+
+@pytest.fixture
+def older(start):
+    return start(era="runner")
 
 
 def is_solo(shares, gpu):
@@ -122,20 +132,20 @@ def test_num_gpu_zero_stays_on_the_cpu(ollama):
     assert entry["size"] > 4 * GIB
 
 
-def test_tensor_split_is_ignored_by_stock_and_honoured_by_a_fork(ollama):
+def test_tensor_split_is_ignored_by_stock_and_honoured_by_a_fork(start):
+    ollama = start()
     stock = ollama.shares(BIG, num_ctx=4096)
     assert ollama.shares(BIG, num_ctx=4096, tensor_split="70,30") == stock
     assert ollama.count("launch") == 1
-    with running(honours_tensor_split=True) as fork:
-        shares = fork.shares(MIDDLE, num_ctx=4096, tensor_split="70,30")
-        assert shares[0] / sum(shares) == pytest.approx(0.7, abs=0.02)
-        fork.shares(MIDDLE, num_ctx=4096)
-        assert fork.count("launch") == 2
+    fork = start(honours_tensor_split=True)
+    shares = fork.shares(MIDDLE, num_ctx=4096, tensor_split="70,30")
+    assert shares[0] / sum(shares) == pytest.approx(0.7, abs=0.02)
+    fork.shares(MIDDLE, num_ctx=4096)
+    assert fork.count("launch") == 2
 
 
-def test_spread_uses_every_card():
-    with running(sched_spread=True) as spread:
-        assert min(spread.shares(SMALL, num_ctx=4096)) > 0
+def test_spread_uses_every_card(start):
+    assert min(start(sched_spread=True).shares(SMALL, num_ctx=4096)) > 0
 
 
 def test_the_older_era_knows_no_main_gpu_and_no_80_percent(older):
@@ -149,9 +159,8 @@ def test_the_older_era_splits_what_one_card_cannot_hold(older):
     assert sum(shares) == 81
 
 
-def test_without_cards_everything_runs_on_the_cpu():
-    with running(Rig(gpus=(), host=HOST)) as bare:
-        assert bare.shares(SMALL, num_ctx=4096) == ()
+def test_without_cards_everything_runs_on_the_cpu(start):
+    assert start(Rig(gpus=(), host=HOST)).shares(SMALL, num_ctx=4096) == ()
 
 
 # Speed
@@ -234,18 +243,15 @@ def test_small_models_stay_beside_each_other(ollama):
     assert ollama.count("evict") == 0
 
 
-def test_a_model_in_use_is_not_evicted_before_its_answer_is_complete():
-    simulator = Simulator(PAIR, MODELS, environment=Environment(), time_scale=0.02)
-    with serve(create_app(simulator)) as url, httpx.Client(base_url=url, timeout=20) as client:
-        ask = {"model": MIDDLE, "prompt": "x", "options": {"num_ctx": 4096}}
-        with client.stream("POST", "/api/generate", json=ask) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            with httpx.Client(base_url=url, timeout=20) as other:
-                answer = other.post("/api/generate", json={"model": BIG, "options": {"num_ctx": 4096}})
-            assert answer.status_code == 200
-            assert '"done":true' in list(lines)[-1]
-    assert simulator.scheduler.count("evict", MIDDLE) == 1
+def test_a_model_in_use_is_not_evicted_before_its_answer_is_complete(start):
+    ollama = start(time_scale=0.02)
+    ask = {"model": MIDDLE, "prompt": "x", "options": {"num_ctx": 4096}}
+    with ollama.client.stream("POST", "/api/generate", json=ask) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert ollama.client.post("/api/generate", json={"model": BIG, "options": {"num_ctx": 4096}}).status_code == 200
+        assert '"done":true' in list(lines)[-1]
+    assert ollama.count("evict", MIDDLE) == 1
 
 
 # Out of memory
