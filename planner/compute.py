@@ -8,7 +8,6 @@ hundred layers cost hardly more than three.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.allocator import Allocator, State, Step, align, replay
@@ -17,13 +16,21 @@ from planner.families import family_of
 from planner.graph import (
     F16,
     F32,
+    I32,
+    I64,
+    INDICES,
+    KEY_ROTATION,
     LATE_OUTPUTS,
     MASK,
     NORMED,
     PER_LAYER,
+    POSITIONS,
     RESIDUAL,
-    WINDOW_MASK,
+    VALUE_ROTATION,
+    WINDOW,
     LayerGraph,
+    rotates,
+    rotation_bytes,
     scale_of,
     weight_signature,
 )
@@ -91,10 +98,14 @@ class ComputeModel:
         self._sizes = {
             RESIDUAL: align(width * streams * tokens * F32),
             NORMED: align(width * tokens * F32),
-            MASK: align(self._scale.cells * tokens * mask_element),
-            WINDOW_MASK: align(self._scale.window_cells * tokens * mask_element),
             PER_LAYER: align(per_layer * tokens * F32),
+            POSITIONS: align(tokens * I32),
         }
+        for offset, cells in ((0, self._scale.cells), (WINDOW, self._scale.window_cells)):
+            self._sizes[MASK - offset] = align(cells * tokens * mask_element)
+            self._sizes[INDICES - offset] = align(2 * tokens * I64)
+            for matrix in (KEY_ROTATION - offset, VALUE_ROTATION - offset):
+                self._sizes[matrix] = align(rotation_bytes(profile, self._scale, matrix))
         self._embedding_bytes = align(width * tokens * F32)
         self._programs: dict[object, _Program] = {}
         self._transitions: dict[object, tuple[State, int, dict[int, int]]] = {}
@@ -108,27 +119,20 @@ class ComputeModel:
 
     def host_bytes(self, *, visitors: range, copies: int) -> int:
         """Bytes of the host's compute buffer: the inputs, and what layers in RAM hand over for their caches."""
-        masks = sum(self._sizes[mask] for mask in self._masks(range(self._n)))
+        read = {name for i in range(self._n) for name in self._reads(i, visiting=False)}
+        masks = sum(self._sizes[name] for name in read)
         handed = 0
         for i in visitors:
             cache = self._caches[i]
             values = cache.value_elements
             if "attn_qkv.weight" in self._profile.layer_tensors[i] and not cache.state_elements:
-                handed = max(handed, self._profile.layer_tensors[i]["attn_qkv.weight"].shape[1])
+                handed = max(handed, self._profile.layer_tensors[i]["attn_qkv.weight"].shape[1] + cache.key_elements)
             elif cache.owns_cache:
                 handed = max(handed, cache.key_elements + values)
         embedding = self._embedding_bytes + self._sizes[PER_LAYER]
         return self._embedding_bytes + masks * copies + max(embedding, handed * self._scale.tokens * F32)
 
     # the replay of a part
-
-    def _masks(self, layers: Iterable[int]) -> tuple[int, ...]:
-        """Masks in the order in which these layers first read them."""
-        found: dict[int, None] = {}
-        for i in layers:
-            if self._caches[i].attends:
-                found.setdefault(WINDOW_MASK if self._caches[i].windowed else MASK)
-        return tuple(found)
 
     def _replay(self, part: DevicePart) -> int:
         heap = Allocator()
@@ -137,10 +141,10 @@ class ComputeModel:
         everything = [*part.visitors, *own]
         pinned = part.copies > 1
         arrival = [RESIDUAL] if part.first or not part.normed else [NORMED]
-        masks = () if part.visitors else self._masks(own)
+        inputs = () if part.visitors else tuple(dict.fromkeys(name for i in own for name in self._reads(i, visiting=False)))
         arrival += [PER_LAYER] if self._sizes[PER_LAYER] and not part.first else []
         late = [RESIDUAL] if RESIDUAL not in arrival else []
-        for name in (*arrival, *masks, *late):
+        for name in (*arrival, *inputs, *late):
             size = self._embedding_bytes if name == RESIDUAL and part.first else self._sizes[name]
             for copy in range(part.copies):
                 offset = heap.allocate(size)
@@ -148,14 +152,18 @@ class ComputeModel:
                     slots[name] = offset
         if part.first:
             self._run(heap, slots, self._prelude(pinned))
-        last_reader = {mask: max(i for i in everything if self._mask_of(i) == mask) for mask in self._masks(everything)}
-        waiting = set(self._masks(part.visitors))
+        readers: dict[int, list[int]] = {}
+        for i in everything:
+            for name in self._reads(i, visiting=i in part.visitors):
+                readers.setdefault(name, []).append(i)
+        waiting = set(readers) if part.visitors else set()
         for i in everything:
             begins = i == everything[0]
-            mask = self._mask_of(i)
-            brings = mask in waiting
-            waiting.discard(mask)
-            kept = {PER_LAYER, *(m for m, reader in last_reader.items() if pinned or reader != i)}
+            brings = {name for name in waiting if readers[name][0] == i and i in part.visitors}
+            if part.visitors and i == part.visitors[-1]:
+                brings = waiting
+            waiting = waiting - brings
+            kept = {PER_LAYER, *(name for name, read_by in readers.items() if pinned or read_by[-1] != i)}
             if begins and pinned and (not part.first or not self._has_prelude):
                 kept |= {RESIDUAL, NORMED}
             self._run(
@@ -167,7 +175,7 @@ class ComputeModel:
                     offloaded=i in part.visitors,
                     host_experts=i in part.host_experts,
                     normed=begins and part.normed and not part.first,
-                    brings=mask if brings else 0,
+                    brings=tuple(sorted(brings, reverse=True)),
                     kept=frozenset(kept),
                 ),
             )
@@ -177,10 +185,18 @@ class ComputeModel:
             self._run(heap, slots, self._output())
         return heap.peak
 
-    def _mask_of(self, i: int) -> int:
-        if not self._caches[i].attends:
-            return 0
-        return WINDOW_MASK if self._caches[i].windowed else MASK
+    def _reads(self, i: int, *, visiting: bool) -> tuple[int, ...]:
+        """Inputs of the graph that a layer reads on its device, in order."""
+        cache = self._caches[i]
+        if not cache.attends:
+            return ()
+        offset = WINDOW if cache.windowed else 0
+        names = (
+            *((POSITIONS,) if rotates(self._profile, cache) else ()),
+            *(name for name in (KEY_ROTATION - offset, VALUE_ROTATION - offset) if self._sizes[name]),
+            *((INDICES - offset,) if cache.owns_cache and not visiting else ()),
+        )
+        return (*names, MASK - offset)
 
     def _run(self, heap: Allocator, slots: dict[int, int], program: _Program) -> None:
         key = (program.number, heap.state, tuple(sorted(slots.items())))
@@ -238,7 +254,7 @@ class ComputeModel:
         return self._programs[key]
 
     def _layer(
-        self, i: int, *, last: bool, offloaded: bool, host_experts: bool, normed: bool, brings: int, kept: frozenset[int]
+        self, i: int, *, last: bool, offloaded: bool, host_experts: bool, normed: bool, brings: tuple[int, ...], kept: frozenset[int]
     ) -> _Program:
         key = (self._kinds[i], last, offloaded, host_experts, normed, brings, kept)
         if key in self._programs:
@@ -252,12 +268,9 @@ class ComputeModel:
             offloaded=offloaded,
             host_experts=host_experts,
             normed=normed,
-            brings_mask=self._sizes[brings] if brings else 0,
+            brings={name: self._sizes[name] for name in brings},
         )
-        exports = {RESIDUAL: graph.result}
-        if brings and graph.mask >= 0:
-            exports[brings] = graph.mask
-        return self._program(key, graph.tape, exports, kept)
+        return self._program(key, graph.tape, {RESIDUAL: graph.result, **graph.brought}, kept)
 
     def _output(self) -> _Program:
         """The last norm, the choice of rows, and the logits."""
@@ -282,13 +295,13 @@ class ComputeModel:
                 exports[NORMED] = x
                 x = tape.op(width * scale.outputs * F32, x)
             exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
-        return self._program(key, tape, exports, frozenset((MASK, WINDOW_MASK, PER_LAYER)))
+        return self._program(key, tape, exports, frozenset((MASK, MASK - WINDOW, PER_LAYER)))
 
 
 def _place_in_model(profile: ModelProfile, i: int) -> object:
     """What besides its tensors tells a layer from another of its kind."""
     heads = profile.per_layer("attention.head_count")[i]
-    return heads, profile.architecture == "llama4" and (i + 1) % 4 == 0, profile.architecture == "gemma3n" and i < 10
+    return heads, profile.architecture == "gemma3n" and i < 10
 
 
 def scales_embedding(profile: ModelProfile) -> bool:

@@ -18,13 +18,16 @@ from planner.quantization import GgmlType, ggml_type
 from planner.settings import LoadSettings
 from planner.tape import Tape
 
-F32, F16, I32 = 4, 2, 4
+F32, F16, I32, I64 = 4, 2, 4, 8
 """Bytes of an element."""
 
-RESIDUAL, NORMED, MASK, WINDOW_MASK, PER_LAYER = -1, -2, -3, -4, -5
-"""What lives when a layer begins: its input; that input normed, where the device before did that; masks; per-layer embeddings."""
+RESIDUAL, NORMED, PER_LAYER, POSITIONS, MASK, INDICES, KEY_ROTATION, VALUE_ROTATION = range(-1, -9, -1)
+"""What lives when a layer begins: its input; that input normed, where the device before did that; per-layer embeddings; the
+tokens' positions; the attention mask; the cells that are written; matrices that rotate keys and values. All but the first three
+and the mask are small, but lie where larger holes could join."""
 
-DELTA_CHUNK_TOKENS = 64
+WINDOW = 10
+"""Layers with a window have a cache, a mask and matrices of their own: their names are lower by this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +70,7 @@ class LayerGraph:
     * ``offloaded``: the layer lies in RAM; its weights and its cache are copied over as they are needed (``op_offload``).
     * ``host_experts``: only the routed experts lie in RAM.
     * ``normed``: the first norm came from the device before.
-    * ``brings_mask``: bytes of the attention mask, where this layer is the first to need it; it is then ``mask``.
+    * ``brings``: bytes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class LayerGraph:
         offloaded: bool = False,
         host_experts: bool = False,
         normed: bool = False,
-        brings_mask: int = 0,
+        brings: Mapping[int, int] | None = None,
     ) -> None:
         self.tape = Tape()
         self._profile = profile
@@ -94,9 +97,14 @@ class LayerGraph:
         self._offloaded = offloaded
         self._host_experts = host_experts or offloaded
         self._width = profile.embedding_length
-        self.mask = WINDOW_MASK if cache.windowed else MASK
-        self._brings_mask = brings_mask
+        offset = WINDOW if cache.windowed else 0
+        self._mask, self._indices = MASK - offset, INDICES - offset
+        self._key_rotation, self._value_rotation = KEY_ROTATION - offset, VALUE_ROTATION - offset
+        self._brings = dict(brings or {})
+        self.brought: dict[int, int] = {}
         self.result = self._layer(last=last, normed=normed)
+        for name in tuple(self._brings):
+            self._bring(name)
 
     # one operation each
 
@@ -115,11 +123,44 @@ class LayerGraph:
         away = self._host_experts if expert else self._offloaded
         return (self.tape.op(self._weights[name].bytes),) if away and name in self._weights else ()
 
+    def _bring(self, name: int) -> int:
+        """An input of the device: copied now if this layer brings it."""
+        if name in self._brings:
+            self.brought[name] = self.tape.op(self._brings.pop(name))
+        return self.brought.get(name, name)
+
+    def _bring_the_rest(self) -> None:
+        """With the last weight from RAM begins a part of the graph that goes on into the device's own layers."""
+        for name in tuple(self._brings):
+            if name not in (self._mask, POSITIONS, self._key_rotation, self._value_rotation):
+                self._bring(name)
+
     def _project(self, name: str, x: int) -> int:
         """``build_lora_mm``; the bias is added in place."""
         weight = self._copied(f"{name}.weight")
-        result = self._op(self._out(name), x, *weight)
-        return self._in_place(result) if f"{name}.bias" in self._weights else result
+        biased = f"{name}.bias" in self._weights
+        needed = self._brought_with(name)
+        late = self._has("attn_q_norm") and POSITIONS in needed
+        if not biased and not late:
+            self._bring_all(needed)
+        if name in ("ffn_down", "ffn_down_shexp"):
+            self._bring_the_rest()
+        result = self._op(self._out(name), *weight, x)
+        if biased and not late:
+            self._bring_all(needed)
+        return self._in_place(result) if biased else result
+
+    def _brought_with(self, name: str) -> tuple[int, ...]:
+        """Small inputs that are copied along with a weight, because the part of the graph that begins with it reads them."""
+        queries = (POSITIONS, self._key_rotation) if name in ("attn_q", "attn_q_b", "attn_qkv") else ()
+        return queries + ((self._value_rotation,) if name in ("attn_v", "attn_qkv") else ())
+
+    def _rotation(self, matrix: int) -> int:
+        return rotation_bytes(self._profile, self._scale, matrix)
+
+    def _bring_all(self, names: tuple[int, ...]) -> None:
+        for name in names:
+            self._bring(name)
 
     def _in_place(self, x: int, *others: int) -> int:
         return self.tape.op(self.tape.size(x), x, *others, into=(x,))
@@ -138,24 +179,26 @@ class LayerGraph:
 
     def _attention(self, x: int) -> int:
         """Grouped-query attention, with its projection: ``build_qkv``, ``build_attn``."""
-        cache, scale = self._cache, self._scale
+        cache = self._cache
         value_features = self._value_features()
         q_features = self._query_features()
         gate = None
         if self._has("attn_qkv"):
             fused = self._project("attn_qkv", x)
             q = self._positioned("attn_q_norm", fused, q_features)
+            q = self._rotated(q, q_features, self._key_rotation)
+            v = fused
+            if self._rotation(self._value_rotation):  # of a contiguous copy
+                v = self._rotated(self._op(value_features, fused), value_features, self._value_rotation)
             k = self._positioned("attn_k_norm", fused, cache.key_elements)
-            v = self._rotated(fused, value_features, scale.values)
-            q = self._rotated(q, q_features, scale.keys)
-            k = self._rotated(k, cache.key_elements, scale.keys)
-            self.tape.use(k)
-            self.tape.use(v)
+            k = self._rotated(k, cache.key_elements, self._key_rotation)
+            self._store(k)
+            self._store(v)
         else:
             joint = self._project("attn_q", x)
             gated = self._out("attn_q") == 2 * q_features and self._has("attn_q_norm")
             q = self._positioned("attn_q_norm", joint, q_features)
-            q = self._rotated(q, q_features, scale.keys)
+            q = self._rotated(q, q_features, self._key_rotation)
             if self._has("attn_k"):
                 self._store_keys_and_values(x, value_features)
             if gated:  # Qwen3-Next: the projection holds query and gate
@@ -179,7 +222,6 @@ class LayerGraph:
 
     def _store_keys_and_values(self, x: int, value_features: int) -> None:
         """V before K in one cache, K before V where there are two (``build_attn`` of ``attn_kv`` and ``attn_kv_iswa``)."""
-        scale = self._scale
         windows = window_tokens(self._profile) > 0
 
         def values() -> int:
@@ -188,11 +230,11 @@ class LayerGraph:
             v = self._project("attn_v", x)
             if self._profile.architecture in VALUE_NORM:
                 v = self._norm_view(v, value_features)
-            return self._rotated(v, value_features, scale.values)
+            return self._rotated(v, value_features, self._value_rotation)
 
         def keys() -> int:
             k = self._positioned("attn_k_norm", keys_raw, self._cache.key_elements)
-            return self._rotated(k, self._cache.key_elements, scale.keys)
+            return self._rotated(k, self._cache.key_elements, self._key_rotation)
 
         if windows or not self._has("attn_v"):
             keys_raw = self._project("attn_k", x)
@@ -202,25 +244,27 @@ class LayerGraph:
             v = values()
             keys_raw = self._project("attn_k", x)
             k = keys()
-        self.tape.use(k)
-        self.tape.use(v)
+        self._store(k)
+        self._store(v)
+
+    def _store(self, x: int) -> None:
+        """``cpy_k``, ``cpy_v``: written to the cache, where it lies."""
+        self.tape.use(x, *(() if self._offloaded or not self._cache.owns_cache else (self._indices,)))
 
     def _positioned(self, norm: str, x: int, features: int) -> int:
         """The optional norm of queries or keys, then their rotation; the first of the two reads a view, so makes a new tensor."""
-        if self._has(norm) or rotates(self._profile, self._index, self._cache):
-            return self._op(features, x)
-        return x
+        position = (self.brought.get(POSITIONS, POSITIONS),) if rotates(self._profile, self._cache) else ()
+        if self._has(norm):
+            x = self._op(features, x)
+            self._bring_all((POSITIONS, self._key_rotation))
+            return self._in_place(x, self.brought.get(POSITIONS, POSITIONS)) if position else x
+        return self._op(features, x, *position) if position else x
 
-    def _rotated(self, x: int, features: int, cache_type: GgmlType) -> int:
+    def _rotated(self, x: int, features: int, matrix: int) -> int:
         """Quantized caches hold values rotated by a Hadamard matrix (``llama_mul_mat_hadamard``)."""
-        return self._op(features, x) if cache_type.block_size > 1 and self._uniform_heads() else x
-
-    def _uniform_heads(self) -> bool:
-        """Whether ``llama_kv_cache`` rotates: heads of one size, a multiple of 64."""
-        head = self._profile.integer("attention.key_length") or self._width // max(
-            self._profile.integer("attention.head_count"), 1
-        )
-        return head % 64 == 0
+        if not self._rotation(matrix):
+            return x
+        return self._op(features, x, self.brought.get(matrix, matrix))
 
     def _cells(self) -> int:
         return self._scale.window_cells if self._cache.windowed else self._scale.cells
@@ -244,13 +288,12 @@ class LayerGraph:
         copies: tuple[int, ...] = ()
         if self._offloaded and cache.owns_cache:
             copies = (self.tape.op(scale.keys.row_bytes(cache.key_elements) * cells),)
-            if not latent:
-                copies += (self.tape.op(scale.values.row_bytes(value_features) * cells),)
-        if self._brings_mask:
-            self.mask = self.tape.op(self._brings_mask)
+            row = scale.keys.row_bytes(cache.key_elements) if latent else scale.values.row_bytes(value_features)
+            copies += (self.tape.op(row * cells),)  # with latent attention values are a view of keys, yet copied as well
+        mask = self._bring(self._mask)
         if scale.flash_attention:
             extra = 0
-            reads = (q, *copies, self.mask)
+            reads = (q, *copies, mask)
             if scale.keys.name == "F32":  # cast before, not inside
                 reads += (self.tape.op(cells * cache.key_elements * F16),)
             elif scale.keys.name != "F16":
@@ -260,19 +303,14 @@ class LayerGraph:
             elif not latent and scale.values.name != "F16":
                 extra += cells * value_features * F16
             result = self.tape.op(out_features * self._tokens * F32 + extra, *reads)
-            if self._rotates_values(latent):
-                result = self._op(out_features, result)
-            return result
+            return result if latent else self._rotated(result, out_features, self._value_rotation)
         scores = self.tape.op(self._cells() * self._tokens * heads * F32, q, *copies[:1])
-        scores = self._in_place(scores, self.mask)
+        scores = self._in_place(scores, mask)
         result = self._op(out_features, scores, *copies[1:])
         if latent:
             return result
         result = self._op(out_features, result)
-        return self._op(out_features, result) if self._rotates_values(latent) else result
-
-    def _rotates_values(self, latent: bool) -> bool:
-        return not latent and self._scale.values.block_size > 1 and self._uniform_heads()
+        return self._rotated(result, out_features, self._value_rotation)
 
     def _latent_attention(self, x: int) -> int:
         """Multi-head latent attention with absorption (``src/models/deepseek2.cpp``)."""
@@ -285,13 +323,13 @@ class LayerGraph:
         else:
             q = self._project("attn_q", x)
         absorbed = self._op(heads * rank, q, *self._copied("attn_k_b.weight"))
-        position = self._op(heads * rope, q)
+        position = self._op(heads * rope, q, self.brought.get(POSITIONS, POSITIONS))
         query = self._op(heads * self._cache.key_elements, absorbed, position)
         compressed = self._project("attn_kv_a_mqa", x)
         value = self._op(rank, compressed)
-        key_position = self._op(rope, compressed)
+        key_position = self._op(rope, compressed, self.brought.get(POSITIONS, POSITIONS))
         key = self._op(self._cache.key_elements, value, key_position)
-        self.tape.use(key)
+        self._store(key)
         result = self._attend(query, heads * self._cache.key_elements, rank, latent=True)
         result = self._op(heads * value_head, result, *self._copied("attn_v_b.weight"))
         result = self._op(heads * value_head, result)
@@ -312,8 +350,8 @@ class LayerGraph:
         expanded = self._project("attn_kv_b", self._op(rank, compressed))
         value = self._op(value_features, expanded)
         key = self._op(key_features, expanded, self._op(rope, compressed))
-        self.tape.use(key)
-        self.tape.use(value)
+        self._store(key)
+        self._store(value)
         return self._project("attn_output", self._attend(query, key_features, value_features))
 
     # recurrent layers
@@ -443,7 +481,10 @@ class LayerGraph:
                 hidden = self._op(inner * used, gate, up)
             else:
                 hidden = self._in_place(self._op(inner * used, x, chosen, *self._copied("ffn_up_exps.weight", expert=True)))
-        down = self._op(self._width * used, hidden, chosen, *self._copied("ffn_down_exps.weight", expert=True))
+        weight = self._copied("ffn_down_exps.weight", expert=True)
+        if not self._has("ffn_up_shexp"):
+            self._bring_the_rest()
+        down = self._op(self._width * used, hidden, chosen, *weight)
         if profile.architecture != "llama4":
             down = self._in_place(down, weights)
         return self._op(self._width, down)
@@ -527,7 +568,7 @@ class LayerGraph:
             out = self._ffn(self._op(self._width, x) if pre else x)
         if self._has("post_ffw_norm"):
             out = self._norm(out)
-        result = self._add(out, x)
+        result = self._add(x, out) if self._profile.architecture in RESIDUAL_FIRST else self._add(out, x)
         if self._has("layer_output_norm"):
             result = self._norm(result)
         if self._has("inp_gate"):  # Gemma 4's per-layer embeddings
@@ -596,6 +637,9 @@ LATE_OUTPUTS = frozenset(
 )
 """Architectures that choose the rows of the output after the last norm (``embeddings_nextn_masked``)."""
 
+RESIDUAL_FIRST = frozenset({"phi3", "phimoe"})
+"""Architectures whose last sum takes over the residual's memory: ``ggml_add(ctx0, residual, cur)``."""
+
 NO_ROTATION = frozenset(
     {
         "bert",
@@ -618,12 +662,32 @@ ROTATION_IN_WINDOWS = frozenset({"cohere2", "exaone4"})
 """Architectures whose windowed layers alone have rotary positions."""
 
 
-def rotates(profile: ModelProfile, index: int, cache: LayerCache) -> bool:
-    """Whether a layer's queries and keys are rotated."""
+VALUE_ROTATION_ROWS = 64
+"""Rows of the matrix that rotates values (``llama_kv_cache::build_input_v_rot``); heads must be a multiple of it."""
+
+
+def rotation_bytes(profile: ModelProfile, scale: Scale, matrix: int) -> int:
+    """Bytes of the Hadamard matrix for keys or values; 0 where ``llama_kv_cache`` rotates nothing: no quantized cache, other heads."""
+    windowed, matrix = matrix < -WINDOW, matrix + WINDOW if matrix < -WINDOW else matrix
+    kind, cache_type = ("key", scale.keys) if matrix == KEY_ROTATION else ("value", scale.values)
+    head = profile.integer(
+        f"attention.{kind}_length", profile.embedding_length // max(profile.integer("attention.head_count"), 1)
+    )
+    if windowed:
+        head = profile.integer(f"attention.{kind}_length_swa", head)
+    latent = bool(profile.integer("attention.key_length_mla"))
+    if cache_type.block_size == 1 or head % VALUE_ROTATION_ROWS or (latent and matrix == VALUE_ROTATION):
+        return 0
+    rows = VALUE_ROTATION_ROWS
+    while matrix == KEY_ROTATION and head % (2 * rows) == 0:
+        rows *= 2
+    return rows * rows * F32
+
+
+def rotates(profile: ModelProfile, cache: LayerCache) -> bool:
+    """Whether a layer's queries and keys are rotated, or scaled instead (Llama 4)."""
     if profile.architecture in ROTATION_IN_WINDOWS:
         return cache.windowed
-    if profile.architecture == "llama4":
-        return (index + 1) % 4 != 0
     return profile.architecture not in NO_ROTATION
 
 

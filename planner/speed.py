@@ -1,0 +1,286 @@
+"""Seconds per token of a placement: decode by bytes over bandwidth, prefill by operations over rate.
+
+Decode computes layer after layer, so its time is a sum over devices::
+
+    t = Σ_d (active weight bytes_d + cache bytes_d) / effective bandwidth_d + layers · LAYER_SECONDS + hops · HOP_SECONDS
+
+Active are all weights of a dense layer and ``experts_used / expert_count`` of the routed experts. On a measured pair of unequal GPUs
+(70B, five splits) this holds within 4 %. Prefill works on micro-batches: each device is a stage that takes
+``2 · active parameters · tokens / rate`` seconds (at least as long as reading its weights); where everything is on GPUs, the
+stages overlap, ``t = Σ stages + (micro-batches − 1) · slowest stage``, else they follow one another. Weights in RAM are copied to
+a GPU for each micro-batch.
+
+Rates come from a ``Calibration``, else from the card's data, else from its generation (``Rates.source`` says which).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from math import ceil, prod
+from typing import Literal
+
+from planner.cache import cache_bytes
+from planner.hardware import Gpu, Host, Rig
+from planner.placement import Placement
+from planner.profile import ModelProfile
+from planner.settings import LoadSettings
+
+GPU_EFFICIENCY = 0.73
+"""Part of a GPU's theoretical memory rate that decode reaches, a pure number. Two solo rows measured on one H200 (4.8 TB/s; 70B Q4_0,
+39.5 GB: 52.5 tok/s; 32B Q4_0, 18.6 GB: 86.8 tok/s) give 0.73 and 97 µs a layer; llama.cpp's published 7B Q4_0 rows for the RTX 3090
+and 4090 agree with 0.73 and 4 … 23 µs."""
+
+LAYER_SECONDS = 20e-6
+"""What a layer costs beside its bytes (kernel starts, norms); see ``GPU_EFFICIENCY``: 4 … 23 µs on desktop cards."""
+
+HOP_SECONDS = 25e-6
+"""Handing a hidden state to the next device and waiting for it; below what the measured splits can tell from nothing."""
+
+HOST_BANDWIDTH_BYTES_PER_S = 51_200_000_000
+"""Of a host about which nothing is known: two channels of DDR4-3200 (JEDEC 79-4: 25.6 GB/s each)."""
+
+HOST_EFFICIENCY = 0.6
+"""Part of the host's theoretical memory rate that llama.cpp's CPU threads reach, a pure number; cautious."""
+
+HOST_FLOPS_PER_S = 4e11
+"""Prefill on a CPU alone, FLOP/s: eight AVX2 cores at about 3 GHz reach a third of their peak."""
+
+UNKNOWN_BANDWIDTH = (
+    ((10, 0), 896e9),  # RTX 5070 Ti
+    ((9, 0), 3350e9),  # H100 SXM
+    ((8, 9), 504e9),  # RTX 4070
+    ((8, 0), 760e9),  # RTX 3080
+    ((7, 0), 448e9),  # RTX 2070
+    ((6, 0), 320e9),  # GTX 1080
+)
+"""``(lowest compute capability, bytes/s)`` for a GPU of unknown bandwidth: a middling card of its generation (NVIDIA's data sheets)."""
+
+LOWEST_BANDWIDTH = 192e9
+"""Bytes/s of older GPUs, and where the compute capability is unknown too (a GTX 1060's)."""
+
+FLOPS_PER_SM_CYCLE = (
+    ((10, 0), 440.0),
+    ((9, 0), 750.0),  # measured: H200, 132 SMs × 1980 MHz, 70B Q4_0 at 1407 tok/s
+    ((8, 9), 440.0),
+    ((8, 0), 400.0),  # RTX 3090, 8B Q6_K at 3500 tok/s (llama.cpp pull request 7860)
+    ((7, 5), 350.0),
+    ((7, 0), 250.0),
+    ((6, 0), 266.0),  # Tesla P40, 7B Q4_0 at 912 tok/s (llama.cpp pull request 4766)
+)
+"""``(lowest compute capability, FLOP)`` that prefill gets out of one SM in one clock, all losses counted."""
+
+LOWEST_FLOPS_PER_SM_CYCLE = 100.0
+"""The same of older GPUs."""
+
+UNKNOWN_SM_CYCLES_PER_S = 80e9
+"""SM count × clock of a GPU where one is unknown: 46 SMs at 1.74 GHz (an RTX 3070)."""
+
+PCIE_LANE_BYTES_PER_S = 0.8 * 0.985e9
+"""Of one third-generation lane, a fifth of it lost to protocol; each generation doubles it (PCI Express Base Specification 3.0)."""
+
+UNKNOWN_PCIE = (3, 16)
+"""Generation and lanes of a link that is not known."""
+
+CONTEXT_TOKENS = 4096
+"""Tokens in the context when decode is rated: few chats fill a large context."""
+
+PROMPT_TOKENS = 2048
+"""Tokens of the prompt by which prefill is rated; also the length of the measured rows."""
+
+Source = Literal["calibrated", "card", "generation"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """How fast one device is: effective bytes/s in decode, effective FLOP/s in prefill, bytes/s of its PCIe link."""
+
+    decode_bytes_per_s: float
+    prefill_flops_per_s: float
+    pcie_bytes_per_s: float = PCIE_LANE_BYTES_PER_S * UNKNOWN_PCIE[1]
+    source: Source = "card"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Rates learned from real answers: ``(effective bytes/s, prefill FLOP/s)`` by GPU UUID. Unknown GPUs keep the predicted ones."""
+
+    rates: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """Tokens per second. ``calibrated``: every GPU that holds layers has learned rates."""
+
+    decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+    calibrated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What one token costs in a model: bytes read in decode and FLOP in prefill, of each repeating layer and the output layer.
+
+    ``expert_bytes`` and ``expert_flops`` are the parts of the active experts, contained in the sums. ``weights_bytes`` are all
+    weights of a layer, ``experts_held_bytes`` all of its experts. ``read_prefix[i]`` sums ``layer_bytes`` below layer ``i``.
+    """
+
+    layer_bytes: tuple[float, ...]
+    expert_bytes: tuple[float, ...]
+    output_bytes: int
+    layer_flops: tuple[float, ...]
+    expert_flops: tuple[float, ...]
+    weights_bytes: tuple[int, ...]
+    experts_held_bytes: tuple[int, ...]
+    read_prefix: tuple[float, ...]
+    flops_prefix: tuple[float, ...]
+    weights_prefix: tuple[int, ...]
+
+
+def model_work(profile: ModelProfile, settings: LoadSettings) -> Work:
+    """The work of ``profile`` with ``CONTEXT_TOKENS`` in the context (fewer where it is smaller); kept with the profile."""
+    used = replace(settings, num_ctx=min(settings.num_ctx, CONTEXT_TOKENS), parallel=1, batch=1, ubatch=1)
+    key = ("work", used)
+    if (known := profile.memo.get(key)) is not None:
+        return known  # type: ignore[no-any-return]
+    share = profile.experts_used / profile.expert_count if profile.expert_count else 1.0
+    caches = cache_bytes(profile, used)
+    experts = tuple(layer.expert_bytes * share for layer in profile.layers)
+    layer_bytes = tuple(
+        layer.weights_bytes - layer.expert_bytes + expert + cache
+        for layer, expert, cache in zip(profile.layers, experts, caches, strict=True)
+    )
+    elements = [_elements(tensors, share) for tensors in profile.layer_tensors]
+    flops = tuple(2.0 * (dense + expert) for dense, expert in elements)
+    weights = tuple(layer.weights_bytes for layer in profile.layers)
+    work = Work(
+        layer_bytes=layer_bytes,
+        expert_bytes=experts,
+        output_bytes=profile.output_bytes,
+        layer_flops=flops,
+        expert_flops=tuple(2.0 * expert for _, expert in elements),
+        weights_bytes=weights,
+        experts_held_bytes=tuple(layer.expert_bytes for layer in profile.layers),
+        read_prefix=(0.0, *accumulate(layer_bytes)),
+        flops_prefix=(0.0, *accumulate(flops)),
+        weights_prefix=(0, *accumulate(weights)),
+    )
+    profile.memo[key] = work
+    return work
+
+
+def _elements(tensors: Mapping[str, object], share: float) -> tuple[float, float]:
+    """Parameters of a layer that one token meets: outside the routed experts, and in them."""
+    dense = expert = 0.0
+    for name, tensor in tensors.items():
+        shape: tuple[int, ...] = tensor.shape  # type: ignore[attr-defined]
+        if len(shape) < 2:
+            continue
+        if "exps" in name:
+            expert += prod(shape) * share
+        else:
+            dense += prod(shape)
+    return dense, expert
+
+
+def gpu_rates(gpu: Gpu, calibration: Calibration | None = None) -> Rates:
+    """Rates of one GPU: learned, else by its data, else by its generation."""
+    capability = gpu.compute_capability or (0, 0)
+    generation, width = gpu.pcie_generation or UNKNOWN_PCIE[0], gpu.pcie_width or UNKNOWN_PCIE[1]
+    pcie = PCIE_LANE_BYTES_PER_S * width * 2.0 ** (generation - 3)
+    if calibration and gpu.uuid in calibration.rates:
+        decode, prefill = calibration.rates[gpu.uuid]
+        return Rates(decode_bytes_per_s=decode, prefill_flops_per_s=prefill, pcie_bytes_per_s=pcie, source="calibrated")
+    bandwidth = gpu.bandwidth_bytes_per_s or _by_generation(UNKNOWN_BANDWIDTH, capability, LOWEST_BANDWIDTH)
+    cycles = gpu.sm_count * gpu.clock_mhz * 1e6 if gpu.sm_count and gpu.clock_mhz else UNKNOWN_SM_CYCLES_PER_S
+    return Rates(
+        decode_bytes_per_s=bandwidth * GPU_EFFICIENCY,
+        prefill_flops_per_s=cycles * _by_generation(FLOPS_PER_SM_CYCLE, capability, LOWEST_FLOPS_PER_SM_CYCLE),
+        pcie_bytes_per_s=pcie,
+        source="card" if gpu.bandwidth_bytes_per_s else "generation",
+    )
+
+
+def host_rates(host: Host) -> Rates:
+    """Rates of the CPU with its RAM."""
+    bandwidth = host.bandwidth_bytes_per_s or HOST_BANDWIDTH_BYTES_PER_S
+    return Rates(decode_bytes_per_s=bandwidth * HOST_EFFICIENCY, prefill_flops_per_s=HOST_FLOPS_PER_S)
+
+
+def _by_generation(table: tuple[tuple[tuple[int, int], float], ...], capability: tuple[int, int], lowest: float) -> float:
+    return next((value for least, value in table if capability >= least), lowest)
+
+
+def predict_speed(
+    profile: ModelProfile, rig: Rig, settings: LoadSettings, placement: Placement, calibration: Calibration | None = None
+) -> Speed:
+    """Decode and prefill of ``placement`` on ``rig``."""
+    work = model_work(profile, settings)
+    rates = tuple(gpu_rates(gpu, calibration) for gpu in rig.gpus)
+    host = host_rates(rig.host)
+    return Speed(
+        decode_tokens_per_s=1 / decode_seconds(work, placement, rates, host),
+        prefill_tokens_per_s=PROMPT_TOKENS / prefill_seconds(work, placement, rates, host, ubatch=settings.ubatch),
+        calibrated=bool(placement.order) and all(rates[gpu].source == "calibrated" for gpu in placement.order),
+    )
+
+
+def decode_seconds(work: Work, placement: Placement, rates: tuple[Rates, ...], host: Rates) -> float:
+    """Seconds for one token of an answer."""
+    n = placement.n_layers
+    seconds = n * LAYER_SECONDS
+    hops = max(len(placement.order) - 1, 0)
+    in_ram = work.read_prefix[placement.cpu_layers]
+    if placement.order and placement.cpu_layers:
+        hops += 1
+    for layer in placement.cpu_experts:
+        if layer >= placement.cpu_layers:
+            in_ram += work.expert_bytes[layer]
+            hops += 2
+    for gpu, run in placement.ranges():
+        read = work.read_prefix[run.stop] - work.read_prefix[run.start]
+        read -= sum(work.expert_bytes[layer] for layer in run if layer in placement.cpu_experts) if placement.cpu_experts else 0
+        read += work.output_bytes if gpu == placement.output_gpu else 0
+        seconds += read / rates[gpu].decode_bytes_per_s
+    if placement.output_gpu is None:
+        in_ram += work.output_bytes
+    return seconds + in_ram / host.decode_bytes_per_s + hops * HOP_SECONDS
+
+
+def prefill_seconds(
+    work: Work, placement: Placement, rates: tuple[Rates, ...], host: Rates, *, ubatch: int, tokens: int = PROMPT_TOKENS
+) -> float:
+    """Seconds to read a prompt of ``tokens``. Logits are computed for its last token only, so the output layer counts nothing."""
+    batches = ceil(tokens / ubatch)
+    each = tokens / batches
+    if not placement.order:
+        flops = work.flops_prefix[-1] * tokens / host.prefill_flops_per_s
+        return float(max(flops, batches * work.weights_prefix[-1] / host.decode_bytes_per_s))
+    stages = []
+    for gpu, run in placement.ranges():
+        flops = work.flops_prefix[run.stop] - work.flops_prefix[run.start]
+        weights = float(work.weights_prefix[run.stop] - work.weights_prefix[run.start])
+        stages.append(max(flops * each / rates[gpu].prefill_flops_per_s, weights / rates[gpu].decode_bytes_per_s))
+    if placement.kind in ("solo", "split"):
+        return sum(stages) + (batches - 1) * max(stages)
+    first = rates[placement.order[0]]
+    copied = work.weights_prefix[placement.cpu_layers] + sum(
+        work.experts_held_bytes[layer] for layer in placement.cpu_experts if layer >= placement.cpu_layers
+    )
+    extra = copied / first.pcie_bytes_per_s + work.flops_prefix[placement.cpu_layers] * each / first.prefill_flops_per_s
+    return batches * (sum(stages) + extra)
+
+
+def solo_rates(
+    profile: ModelProfile, settings: LoadSettings, *, decode_tokens_per_s: float, prefill_tokens_per_s: float
+) -> tuple[float, float]:
+    """What a ``Calibration`` keeps of a GPU that ran ``profile`` alone at these speeds: effective bytes/s and FLOP/s.
+
+    Raises ``ValueError`` where a token took less time than its layers' fixed costs.
+    """
+    work = model_work(profile, settings)
+    reading = 1 / decode_tokens_per_s - profile.n_layers * LAYER_SECONDS
+    if reading <= 0:
+        raise ValueError(f"{decode_tokens_per_s} tokens/s are more than {profile.n_layers} layers allow")
+    return (work.read_prefix[-1] + work.output_bytes) / reading, work.flops_prefix[-1] * prefill_tokens_per_s
