@@ -2,19 +2,130 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 
-from fastapi import FastAPI
+import httpx
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import JSONResponse
 
+from planner.plan import make_plan
+from proxy.access import has_token, is_local_host, is_local_origin
 from proxy.asgi import Application, Receive, Scope, Send
-from proxy.forward import ClientRequest, Forwarder
+from proxy.catalog import Catalog
+from proxy.endpoints import kind_of, parse_load_request
+from proxy.errors import GpuError, LopsidedError, UpstreamError
+from proxy.failures import TEXT_LIMIT_BYTES, is_out_of_memory
+from proxy.forward import VIA, ClientRequest, Forwarder
+from proxy.gpus import GpuSource
+from proxy.jsonedit import JsonError
+from proxy.ollama import Ollama
+from proxy.placement import Placements, Planner
+from proxy.planjson import devices_json, plan_json
+from proxy.replies import Reply, error_reply, send_reply
 from proxy.settings import Settings
 
+OWN_PATH = "/lopsided"
+"""Everything under it is lopsided's, everything else Ollama's."""
 
-def create_app(settings: Settings) -> Application:
-    """The whole proxy as one ASGI application."""
+BODY_LIMIT_BYTES = 256 * 2**20
+"""Largest body that is read to learn which model it loads; a larger one passes as it is."""
+
+PLAN_HEADER = b"x-lopsided-plan"
+
+log = logging.getLogger("lopsided")
+
+
+class Proxy:
+    """The proxy as one ASGI application. Made by :func:`create_app`."""
+
+    def __init__(self, settings: Settings, *, forwarder: Forwarder, placements: Placements, own: Application) -> None:
+        self.settings = settings
+        self.forwarder = forwarder
+        self.placements = placements
+        self._own = own
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self._own(scope, receive, send)
+            return
+        path: str = scope["path"]
+        if path == OWN_PATH or path.startswith(OWN_PATH + "/"):
+            refusal = self._refusal(scope)
+            await (send_reply(refusal, send) if refusal else self._own(scope, receive, send))
+            return
+        async with ClientRequest(scope, receive) as request:
+            if any(name == b"via" and VIA in value for name, value in request.headers):
+                request.finish()
+                await send_reply(
+                    error_reply(508, f"{self.settings.upstream.url} leads back to lopsided; set LOPSIDED_UPSTREAM"), send
+                )
+                return
+            kind = kind_of(request.method, path)
+            if kind in ("load", "v1") and request.header(b"content-encoding") is None:
+                await self._load(request, send)
+                return
+            await self.forwarder.pass_through(request, send)
+            if kind == "store":
+                self.placements.store_changed()
+
+    async def _load(self, request: ClientRequest, send: Send) -> None:
+        """A request that loads the model it names: placed, if it may be, or marked as one that takes no options."""
+        body = await request.body(BODY_LIMIT_BYTES)
+        if body is None:
+            await self.forwarder.pass_through(request, send)
+            return
+        try:
+            wanted = parse_load_request(request.path, body)
+        except JsonError:
+            await self.forwarder.relay(request, await self.forwarder.open(request, body), send)
+            return
+        if kind_of(request.method, request.path) == "v1":
+            self.placements.seen_on_v1(wanted.model)
+            await self.forwarder.relay(request, await self.forwarder.open(request, body), send)
+            return
+        decision = await self.placements.decide(wanted)
+        answered = False
+        try:
+            while True:
+                delivery = decision.delivery
+                response = await self.forwarder.open(request, wanted.with_options(delivery.options, without=delivery.without))
+                answered = isinstance(response, httpx.Response) and response.status_code < 400
+                seen = b""
+                if isinstance(response, httpx.Response) and response.status_code == 500 and delivery.options:
+                    seen = await self.forwarder.peek(response, TEXT_LIMIT_BYTES)
+                    if is_out_of_memory(500, seen.decode(errors="replace")) and (
+                        instead := await self.placements.after_failure(decision)
+                    ):
+                        await response.aclose()
+                        decision = instead
+                        continue
+                header = (PLAN_HEADER, delivery.text.encode("ascii"))
+                await self.forwarder.relay(request, response, send, seen=seen, extra_headers=(header,))
+                return
+        finally:
+            self.placements.done(decision, loaded=answered)
+
+    def _refusal(self, scope: Scope) -> Reply | None:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        if has_token(headers.get(b"authorization"), self.settings.token):
+            return None
+        host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
+        if not is_local_host(host):
+            return error_reply(403, f"the host {host!r} is not this machine; other hosts need LOPSIDED_TOKEN")
+        if origin is not None and not is_local_origin(origin.decode("latin-1"), self.settings.origins):
+            return error_reply(403, "pages from other origins need LOPSIDED_TOKEN, or an entry in OLLAMA_ORIGINS")
+        return None
+
+
+def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner = make_plan) -> Proxy:
+    """The whole proxy. ``source`` is ``None`` where there are no GPUs to be planned for: then everything passes unchanged."""
     forwarder = Forwarder(settings.upstream)
+    ollama = Ollama(forwarder.client)
+    placements = Placements(ollama=ollama, catalog=Catalog(forwarder.client), gpus=source, settings=settings, planner=planner)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -25,11 +136,52 @@ def create_app(settings: Settings) -> Application:
 
     own = FastAPI(title="lopsided", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/lopsided" or scope["path"].startswith("/lopsided/"):
-            await own(scope, receive, send)
-            return
-        async with ClientRequest(scope, receive) as request:
-            await forwarder.pass_through(request, send)
+    @own.exception_handler(LopsidedError)
+    async def explain(_: Request, error: LopsidedError) -> JSONResponse:
+        status = 502 if isinstance(error, UpstreamError) else 503 if isinstance(error, GpuError) else 404
+        return JSONResponse({"error": f"lopsided: {error}"}, status_code=status)
 
-    return app
+    @own.get("/lopsided/health")
+    async def health() -> dict[str, str]:
+        return {"name": "lopsided", "version": version("lopsided"), "upstream": settings.upstream.url}
+
+    @own.get("/lopsided/devices")
+    async def devices() -> JSONResponse:
+        return JSONResponse(devices_json(await placements.rig()))
+
+    @own.get("/lopsided/plan")
+    async def plan(model: str, num_ctx: int | None = Query(None, ge=1, le=2**31 - 1)) -> JSONResponse:
+        made, delivery = await placements.preview(model, num_ctx)
+        return JSONResponse(plan_json(made, delivery))
+
+    @own.get("/lopsided/models")
+    async def models() -> JSONResponse:
+        loaded = {entry.digest: entry for entry in await ollama.loaded()}
+        rows = []
+        for in_force in placements.in_force():
+            actual = loaded.get(in_force.digest)
+            predicted = in_force.plan.chosen.memory.devices if in_force.plan and in_force.delivery.options else ()
+            rows.append(
+                {
+                    "model": in_force.model,
+                    "placement": in_force.delivery.text,
+                    "options": dict(in_force.delivery.options),
+                    "loaded": actual is not None,
+                    "predicted_bytes": [device.total_bytes for device in predicted],
+                    "actual_vram_bytes": actual.vram_bytes if actual else None,
+                    "context_length": actual.context_length if actual else None,
+                }
+            )
+        return JSONResponse({"models": rows})
+
+    return Proxy(settings, forwarder=forwarder, placements=placements, own=own)
+
+
+async def upstream_is_lopsided(settings: Settings) -> bool:
+    """Whether the upstream answers ``/lopsided/health``: the proxy would then ask itself, or another one."""
+    async with httpx.AsyncClient(trust_env=False, timeout=3.0) as client:
+        try:
+            answer = await client.get(settings.upstream.url + "/lopsided/health")
+            return answer.status_code == 200 and bool(answer.json().get("name") == "lopsided")
+        except (httpx.HTTPError, ValueError, AttributeError):
+            return False

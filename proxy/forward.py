@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -201,9 +202,13 @@ class Forwarder:
         response: httpx.Response | Reply,
         send: Send,
         *,
+        seen: bytes = b"",
         extra_headers: Iterable[tuple[bytes, bytes]] = (),
     ) -> None:
-        """Sends ``response`` to the client as it comes, ``extra_headers`` after its own, and closes it in any case."""
+        """Sends ``response`` to the client as it comes, ``extra_headers`` after its own, and closes it in any case.
+
+        ``seen`` is the beginning of its body, where :meth:`peek` has read that.
+        """
         if not isinstance(response, httpx.Response):
             request.finish()
             await send_reply(response, send, extra_headers=extra_headers)
@@ -212,6 +217,8 @@ class Forwarder:
             headers = without_hop_by_hop(response.headers.raw)
             headers.extend(extra_headers)
             await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+            if seen:
+                await send({"type": "http.response.body", "body": seen, "more_body": True})
             async for chunk in response.stream:  # type: ignore[union-attr]
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             request.finish()
@@ -221,6 +228,16 @@ class Forwarder:
             log.warning("%s broke off in the middle of an answer to %s: %s", self.upstream.url, request.path, error)
         finally:
             await response.aclose()
+
+    async def peek(self, response: httpx.Response, limit_bytes: int) -> bytes:
+        """The beginning of the body: all of it, or at least ``limit_bytes``, or what came before the upstream broke off."""
+        seen = b""
+        with suppress(httpx.TransportError):
+            async for chunk in response.stream:  # type: ignore[union-attr]
+                seen += chunk
+                if len(seen) >= limit_bytes:
+                    break
+        return seen
 
     async def aclose(self) -> None:
         """Closes the connections to the upstream."""

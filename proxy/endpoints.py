@@ -1,0 +1,151 @@
+"""Which of Ollama's endpoints load a model, where their options stand, and what one request asks for.
+
+Names of fields are compared as Go's ``encoding/json`` does: without regard to case, the last one counts. ``options`` is a map
+there, so several of them add up, and its own keys are compared exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from proxy.jsonedit import JsonError, Member, blank_end, decode, edit, members
+
+Kind = Literal["load", "v1", "store", "other"]
+
+LOAD_PATHS: Mapping[str, str | None] = {
+    "/api/generate": "prompt",
+    "/api/chat": "messages",
+    "/api/embed": None,
+    "/api/embeddings": None,
+}
+"""Endpoints that load the model they name with the ``options`` they carry; and the field that, empty beside a
+``keep_alive`` of zero, makes the request one to unload (``GenerateHandler``, ``ChatHandler`` in ``server/routes.go``)."""
+
+V1_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"})
+"""Endpoints that load a model and know no options."""
+
+STORE_PATHS = frozenset({"/api/create", "/api/copy", "/api/delete", "/api/pull"})
+"""Endpoints after which a name may stand for another model."""
+
+INTEGER_OPTIONS = ("num_gpu", "main_gpu", "num_ctx", "num_batch")
+"""Options that placement looks at and that Ollama takes as integers only."""
+
+_ZERO_DURATION = re.compile(r"[+-]?(?:0+\.?0*|\.0+)(?:(?:ns|us|µs|μs|ms|s|m|h)(?:0+\.?0*|\.0+)?)*")
+
+
+def kind_of(method: str, path: str) -> Kind:
+    """What a request may do to the models that are loaded."""
+    if method == "POST" and path in LOAD_PATHS:
+        return "load"
+    if method == "POST" and path in V1_PATHS:
+        return "v1"
+    if path in STORE_PATHS:
+        return "store"
+    return "other"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadRequest:
+    """A request that may load a model: its body, and what placement wants to know of it.
+
+    ``options`` holds the placement options that the client sets, ``null`` ones left out. ``fields`` and
+    ``option_members`` locate them in the body.
+    """
+
+    body: bytes
+    model: str
+    options: Mapping[str, Any]
+    unloads: bool
+    start: int
+    fields: tuple[Member, ...]
+    option_members: tuple[tuple[Member, tuple[Member, ...]], ...]
+
+    def with_options(self, add: Mapping[str, Any], *, without: frozenset[str] = frozenset()) -> bytes:
+        """The body with ``add`` among its options, and those of ``without`` (and the replaced ones) taken out."""
+        names = without | add.keys()
+        body = self.body
+        target = self.option_members[-1][0] if self.option_members else None
+        for field, inner in reversed(self.option_members):  # from the end, so that positions before it stay true
+            mine = add if field is target else {}
+            if body[field.value_start] != 0x7B:  # null
+                if mine:
+                    body = body[: field.value_start] + edit(b"{}", 0, (), add=mine) + body[field.end :]
+                continue
+            remove = [member for member in inner if member.key in names]
+            if mine or remove:
+                body = edit(body, field.value_start, inner, remove=remove, add=mine)
+        if target is None and add:
+            body = edit(body, self.start, self.fields, add={"options": dict(add)})
+        return body
+
+
+def parse_load_request(path: str, body: bytes) -> LoadRequest:
+    """What the body of a ``load`` or ``v1`` request asks for.
+
+    Raises ``JsonError`` where Ollama would not understand it either (or would, by rules that are not worth knowing): such a
+    request goes on as it is, and Ollama's own answer comes back.
+    """
+    start = blank_end(body, 0)
+    fields = members(body, start)
+    by_name: dict[str, list[Member]] = {}
+    for field in fields:
+        by_name.setdefault(field.key.casefold(), []).append(field)
+    model = _last(body, by_name, "model")
+    if not isinstance(model, str) or not model:
+        raise JsonError("it names no model")
+    if path in V1_PATHS:
+        return LoadRequest(body=body, model=model, options={}, unloads=False, start=start, fields=fields, option_members=())
+    option_members: list[tuple[Member, tuple[Member, ...]]] = []
+    options: dict[str, Any] = {}
+    for field in by_name.get("options", ()):
+        if body[field.value_start : field.end] == b"null":
+            options = {}
+            option_members.append((field, ()))
+            continue
+        inner = members(body, field.value_start)
+        option_members.append((field, inner))
+        options.update({member.key: decode(body, member) for member in inner if member.key in _WANTED})
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in INTEGER_OPTIONS:
+        if name in options:
+            options[name] = _integer(name, options[name])
+    return LoadRequest(
+        body=body,
+        model=model,
+        options=options,
+        unloads=_unloads(path, body, by_name),
+        start=start,
+        fields=fields,
+        option_members=tuple(option_members),
+    )
+
+
+_WANTED = frozenset(INTEGER_OPTIONS) | {"tensor_split"}
+
+
+def _unloads(path: str, body: bytes, by_name: Mapping[str, list[Member]]) -> bool:
+    content = LOAD_PATHS[path]
+    if content is None or "keep_alive" not in by_name:
+        return False
+    for field in by_name.get(content, ()):
+        if body[field.value_start : field.end].replace(b" ", b"") not in (b'""', b"[]", b"null"):
+            return False
+    keep_alive = _last(body, by_name, "keep_alive")
+    if isinstance(keep_alive, str):
+        return _ZERO_DURATION.fullmatch(keep_alive) is not None
+    return isinstance(keep_alive, int | float) and not isinstance(keep_alive, bool) and keep_alive == 0
+
+
+def _last(body: bytes, by_name: Mapping[str, list[Member]], name: str) -> Any:
+    values = [decode(body, field) for field in by_name.get(name, ())]
+    return next((value for value in reversed(values) if value is not None), None)  # null leaves what was there
+
+
+def _integer(name: str, value: Any) -> int:
+    """The number as Ollama takes it (``Options.FromMap`` in ``api/types.go``): cut to an integer."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -(2**63) <= value < 2**63:
+        raise JsonError(f"option {name} is no integer that Ollama takes")
+    return int(value)

@@ -1,0 +1,133 @@
+"""Delivery of a plan by the options of a request: what is put in, what is taken out, and what a client's wish is.
+
+From Ollama 0.30 on, ``main_gpu`` puts a model on one GPU; a split over several cannot be asked of a stock Ollama, only of
+forks that know ``tensor_split``. Up to 0.24, ``num_gpu`` is the only lever. Everything here is a function of its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from planner.hardware import Rig
+from planner.placement import Placement
+from planner.plan import Era, Plan
+
+MIB = 2**20
+
+FIT_MARGIN_BYTES = 1024 * MIB
+"""What llama.cpp's ``--fit`` wants left free on a device, or it moves layers (``fit_params_target`` in ``common/common.h``)."""
+
+FIT_SLACK_BYTES = 256 * MIB
+"""Distance from that margin at which ``num_gpu`` is given all the same: for the memory model's own error."""
+
+PLACEMENT_OPTIONS = ("num_gpu", "main_gpu", "tensor_split")
+"""The options that say where a model goes."""
+
+FIRST_LLAMA_SERVER = (0, 30)
+"""First Ollama that starts upstream's ``llama-server``."""
+
+Options = Mapping[str, int | str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delivery:
+    """What a request's options get, and the text of ``X-Lopsided-Plan``.
+
+    ``X-Lopsided-Plan`` is ``placement *("; " note)``. The placement is what was asked of Ollama: ``stock``,
+    ``solo DEVICE``, ``split DEVICE=LAYERS,…``, ``partial DEVICE=LAYERS,…``, or ``cpu``; a device is its library and its number
+    there (``CUDA0``), layers count the output layer. The notes: by which rule (``auto``, ``boost 1.75``), or why stock.
+    """
+
+    text: str
+    options: Options = field(default_factory=dict)
+    without: frozenset[str] = frozenset()
+
+
+def stock(reason: str, *, without: frozenset[str] = frozenset()) -> Delivery:
+    """Nothing is put in, and ``reason`` says why."""
+    return Delivery(text=header_text(f"stock; {reason}"), without=without)
+
+
+def era_of(version: str) -> Era:
+    """The era of an Ollama ``version``; a development build (``0.0.0``) counts as new."""
+    numbers = version.split("-")[0].split("+")[0].removeprefix("v").split(".")
+    try:
+        major, minor = int(numbers[0]), int(numbers[1])
+    except (ValueError, IndexError):
+        return "llama-server"
+    return "runner" if (0, 0) < (major, minor) < FIRST_LLAMA_SERVER else "llama-server"
+
+
+def own_wish(options: Mapping[str, object], defaults: Mapping[str, object]) -> str | None:
+    """The placement option that the client or the model sets, in words, or ``None`` where the planner is free.
+
+    A client's ``main_gpu: 0`` counts as unset (a harmless default until 0.30), as does ``num_gpu: -1``, Ollama's own word for
+    "you choose".
+    """
+    unset = {"main_gpu": (0,), "num_gpu": (-1,)}
+    for name in PLACEMENT_OPTIONS:
+        if options.get(name) is not None and options[name] not in unset.get(name, ()):
+            return f"the request sets {name}"
+    for name in PLACEMENT_OPTIONS:
+        if defaults.get(name) is not None and (name, defaults[name]) != ("num_gpu", -1):
+            return f"the model sets {name}"
+    return None
+
+
+def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
+    """How ``plan`` is told to an Ollama of ``era``; the client's ``main_gpu: 0`` goes out in any case.
+
+    ``main_gpu`` counts the GPUs of one library in Ollama's order, which is the rig's.
+    """
+    without = frozenset({"main_gpu"})
+    how = "auto" if plan.request.boost is None else f"boost {plan.request.boost:g}"
+    if plan.chosen is plan.stock or plan.chosen.placement == plan.stock.placement:
+        return stock(f"{how}; nothing is faster", without=without)
+    chosen, baseline = plan.chosen.placement, plan.stock.placement
+    label = placement_text(chosen, plan.rig)
+    more_layers = sum(chosen.shares) > sum(baseline.shares)
+    if era == "runner":
+        if sum(chosen.shares) == sum(baseline.shares):
+            return stock(f"{how}; {label} can't be asked of this Ollama", without=without)
+        return Delivery(text=header_text(f"{label}; {how}; by num_gpu"), options={"num_gpu": sum(chosen.shares)}, without=without)
+    options: dict[str, int | str] = {}
+    if len(chosen.order) == 1:
+        gpu = chosen.order[0]
+        left_bytes = plan.rig.gpus[gpu].free_bytes - plan.chosen.memory.devices[gpu].total_bytes
+        options["main_gpu"] = library_index(plan.rig, gpu)
+        if chosen.kind == "partial" or left_bytes < FIT_MARGIN_BYTES + FIT_SLACK_BYTES:
+            options["num_gpu"] = sum(chosen.shares)
+        return Delivery(text=header_text(f"{label}; {how}"), options=options, without=without)
+    if not chosen.order:
+        return Delivery(text=header_text(f"{label}; {how}"), options={"num_gpu": 0}, without=without)
+    if tensor_split:
+        options["tensor_split"] = ",".join(str(share) for share in chosen.shares)
+    if more_layers:
+        options["num_gpu"] = sum(chosen.shares)
+    if not options:
+        return stock(f"{how}; {label} needs the launcher", without=without)
+    note = "by tensor_split, which stock Ollama ignores" if tensor_split else "by num_gpu"
+    return Delivery(text=header_text(f"{label}; {how}; {note}"), options=options, without=without)
+
+
+def library_index(rig: Rig, gpu: int) -> int:
+    """What ``main_gpu`` calls the rig's GPU ``gpu``: its place among those of its library."""
+    library = rig.gpus[gpu].library
+    return sum(other.library == library for other in rig.gpus[:gpu])
+
+
+def placement_text(placement: Placement, rig: Rig) -> str:
+    """A placement as ``X-Lopsided-Plan`` names it."""
+    names = [f"{gpu.library}{library_index(rig, index)}" for index, gpu in enumerate(rig.gpus)]
+    if placement.kind == "solo":
+        return f"solo {names[placement.order[0]]}"
+    if placement.kind == "cpu":
+        return "cpu"
+    shares = ",".join(f"{names[gpu]}={share}" for gpu, share in enumerate(placement.shares) if share)
+    return f"{placement.kind} {shares}"
+
+
+def header_text(text: str) -> str:
+    """``text`` as a header may hold it: one line of printable ASCII, at most 256 characters."""
+    return "".join(character if " " <= character <= "~" else "?" for character in text)[:256]

@@ -1,0 +1,338 @@
+"""The plans in force: one per loaded model, made once, the same for every request until the model is unloaded.
+
+Options that change from one request to the next make Ollama reload the model. So a plan is made when a model is about to be
+loaded and then stays, whatever happens to free memory meanwhile; ``/api/ps`` says when it has ended. Models are told apart by
+their blob, since Ollama lets all names of one blob share a runner. Whatever goes wrong here costs a request its placement,
+never its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from planner.hardware import Rig
+from planner.plan import Candidate, Era, Plan, PlanRequest, make_plan
+from planner.profile import ModelProfile
+from proxy.catalog import Catalog, ModelFacts, full_name
+from proxy.endpoints import LoadRequest
+from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
+from proxy.gpus import GpuSource
+from proxy.gpus.static import StaticSource
+from proxy.loading import asked_context, freed, plan_request, with_margin, without_companions
+from proxy.ollama import Loaded, Ollama
+from proxy.options import Delivery, deliver, own_wish, stock
+from proxy.settings import Settings
+
+PLAN_S = 10.0
+"""Longest wait for a plan: facts of a model on a cold disk take seconds, then the request goes as it is."""
+
+LOOK_S = 1.0
+"""Seconds for which a model seen in ``/api/ps``, or just used, counts as loaded."""
+
+FAILURE_KEPT_S = 3600.0
+"""Seconds for which a plan that ran out of memory is remembered: until then the model gets the more careful one at once."""
+
+NAMES_KEPT = 1024
+"""Models remembered by name: facts in use, and names seen on ``/v1``."""
+
+MAIN_GPU, NOTHING = frozenset({"main_gpu"}), frozenset[str]()
+
+Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
+
+log = logging.getLogger("lopsided.placement")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InForce:
+    """A model's placement as it was decided: for every request that loads it with this context."""
+
+    model: str
+    blob: str
+    digest: str
+    num_ctx: int | None
+    delivery: Delivery
+    plan: Plan | None
+    careful: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Failure:
+    """The last delivery that ran out of memory, and how careful the next one is: 1 leaves a margin, 2 is stock."""
+
+    careful: int
+    delivery: Delivery
+    at: float
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Slot:
+    """What is known about one blob. ``users`` are requests under way with its ``current`` placement."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    current: InForce | None = None
+    users: int = 0
+    seen_at: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What one request gets. To be handed back to :meth:`Placements.done` when the request is over."""
+
+    delivery: Delivery
+    in_force: InForce | None = None
+    request: LoadRequest | None = None
+
+
+class Placements:
+    """Decides what each request gets, and remembers it.
+
+    ``gpus`` is ``None`` where there are none to be planned for: then everything passes unchanged. ``clock`` is monotonic, in
+    seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        ollama: Ollama,
+        catalog: Catalog,
+        gpus: GpuSource | None,
+        settings: Settings,
+        planner: Planner = make_plan,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ollama = ollama
+        self._catalog = catalog
+        self._gpus = gpus
+        self._live = not isinstance(gpus, StaticSource)  # what is written down does not change with what is loaded
+        self._settings = settings
+        self._planner = planner
+        self._clock = clock
+        self._facts: OrderedDict[str, ModelFacts] = OrderedDict()
+        self._slots: dict[str, _Slot] = {}
+        self._failures: dict[tuple[str, int | None], _Failure] = {}
+        self._v1_names: set[str] = set()  # not looked up yet
+        self._v1_blobs: set[str] = set()
+        self._told: set[str] = set()
+
+    # What requests do
+
+    async def decide(self, request: LoadRequest) -> Decision:
+        """What ``request`` gets; never raises, whatever is missing."""
+        if request.unloads:
+            return Decision(delivery=stock("unloads"))
+        try:
+            async with asyncio.timeout(PLAN_S):
+                return await self._decide(request)
+        except LopsidedError as error:
+            return self._as_it_is(request.model, str(error))
+        except TimeoutError:
+            return self._as_it_is(request.model, f"no plan within {PLAN_S:g} s")
+        except Exception as error:
+            log.debug("planning failed", exc_info=error)
+            return self._as_it_is(request.model, f"planning failed: {type(error).__name__}: {error}")
+
+    def done(self, decision: Decision, *, loaded: bool) -> None:
+        """The request is over; ``loaded`` where Ollama answered it, so that the model was in memory."""
+        in_force = decision.in_force
+        if in_force is not None and (slot := self._slots.get(in_force.blob)):
+            slot.users -= 1
+            if loaded and slot.current is in_force:
+                slot.seen_at = self._clock()
+
+    async def after_failure(self, decision: Decision) -> Decision | None:
+        """What to send instead, once ``decision`` has run out of memory; ``None`` where it was stock's own placement."""
+        failed = decision.in_force
+        if failed is None or not failed.delivery.options or decision.request is None:
+            return None
+        slot = self._slots[failed.blob]
+        if slot.current is failed:  # the first of those that waited for this load
+            self._failures[(failed.blob, failed.num_ctx)] = _Failure(
+                careful=failed.careful + 1, delivery=failed.delivery, at=self._clock()
+            )
+            slot.current = None
+            log.warning("%s: %s ran out of memory", failed.model, failed.delivery.text)
+        self.done(decision, loaded=False)
+        return await self.decide(decision.request)
+
+    def seen_on_v1(self, model: str) -> None:
+        """A request without options loads ``model``: from now on it is left alone, or each change of client would reload it."""
+        if len(self._v1_names) < NAMES_KEPT:
+            self._v1_names.add(full_name(model))
+
+    def store_changed(self) -> None:
+        """Names may stand for other models now (pull, create, copy, delete)."""
+        self._catalog.forget()
+        self._facts.clear()
+
+    # What people ask
+
+    async def preview(self, model: str, num_ctx: int | None) -> tuple[Plan, Delivery]:
+        """The plan that ``model`` would get now, without any effect. Raises ``LopsidedError``."""
+        facts = await self._catalog.facts(model)
+        rig = await self.rig()
+        era = await self._ollama.era()
+        plan = await self._plan(facts, rig, era, {"num_ctx": num_ctx} if num_ctx else {})
+        return plan, deliver(plan, era, tensor_split=self._settings.tensor_split)
+
+    def in_force(self) -> tuple[InForce, ...]:
+        """Every placement that was decided and has not ended as far as is known."""
+        return tuple(slot.current for slot in self._slots.values() if slot.current is not None)
+
+    async def rig(self) -> Rig:
+        """The GPUs as they are now. Raises ``GpuError``."""
+        if self._gpus is None:
+            raise GpuError("no source of GPUs")
+        return await asyncio.to_thread(self._gpus.rig)
+
+    # How it is decided
+
+    async def _decide(self, request: LoadRequest) -> Decision:
+        facts = await self._facts_of(request.model)
+        blob = facts.blob or facts.digest
+        wish = own_wish(request.options, facts.defaults)
+        if wish is not None:
+            without = MAIN_GPU if request.options.get("main_gpu") == 0 else NOTHING
+            return Decision(delivery=stock(wish, without=without))
+        if (self._v1_names or self._v1_blobs) and await self._is_on_v1(blob):
+            if (slot := self._slots.get(blob)) is not None:
+                slot.current = None
+            return Decision(delivery=stock("seen on /v1", without=MAIN_GPU))
+        slot = self._slots.setdefault(blob, _Slot())
+        num_ctx = asked_context(request.options, facts, self._settings)
+        if not self._holds(slot, num_ctx):
+            async with slot.lock:
+                if not self._holds(slot, num_ctx):
+                    slot.current = await self._renewed(slot, request, facts, blob, num_ctx)
+                    slot.seen_at = self._clock()
+        in_force = slot.current
+        if in_force is None:  # it failed for memory in between
+            return await self._decide(request)
+        slot.users += 1
+        return Decision(delivery=in_force.delivery, in_force=in_force, request=request)
+
+    def _holds(self, slot: _Slot, num_ctx: int | None) -> bool:
+        """Whether the slot's placement is in force beyond doubt, without asking anybody."""
+        current = slot.current
+        if current is None or current.num_ctx != num_ctx:
+            return False
+        return slot.users > 0 or self._clock() - slot.seen_at < LOOK_S
+
+    async def _renewed(self, slot: _Slot, request: LoadRequest, facts: ModelFacts, blob: str, num_ctx: int | None) -> InForce:
+        """The placement to use from now on: the current one while Ollama still has the model, else a new one."""
+        current = slot.current
+        try:
+            own = await self._of_blob(await self._ollama.loaded(), blob)
+        except UpstreamError:
+            if current is not None and current.num_ctx == num_ctx:
+                return current
+            raise
+        if own is not None and current is not None and current.num_ctx == num_ctx:
+            return current
+        failure = self._failures.get((blob, num_ctx))
+        if failure is not None and self._clock() - failure.at > FAILURE_KEPT_S:
+            failure = None
+        careful = failure.careful if failure else 0
+        plan, delivery = None, stock("the plans before ran out of memory", without=MAIN_GPU)
+        if careful < 2:
+            plan, delivery = await self._new_plan(request, facts, own, current, careful=careful)
+            if failure and delivery.options == failure.delivery.options:
+                plan, careful, delivery = None, 2, stock("the same plan ran out of memory before", without=MAIN_GPU)
+        if plan and own and current and current.plan and plan.request == current.plan.request:
+            plan, delivery = current.plan, current.delivery  # the same context, asked for in other words: nothing to reload
+        log.info("%s: %s", full_name(request.model), delivery.text)
+        return InForce(
+            model=full_name(request.model),
+            blob=blob,
+            digest=facts.digest,
+            num_ctx=num_ctx,
+            delivery=delivery,
+            plan=plan,
+            careful=careful,
+        )
+
+    async def _new_plan(
+        self, request: LoadRequest, facts: ModelFacts, own: Loaded | None, current: InForce | None, *, careful: int
+    ) -> tuple[Plan | None, Delivery]:
+        """A plan and its delivery; without a plan, stock: which then stays in force, as any other placement does."""
+        try:
+            async with asyncio.timeout(PLAN_S / 2):
+                era = await self._ollama.era()
+                rig = await self.rig()
+                if own is not None and self._live:
+                    rig = freed(rig, own.vram_bytes, _held(current))
+                plan = await self._plan(facts, with_margin(rig) if careful else rig, era, request.options)
+        except LopsidedError as error:
+            reason = str(error)
+        except TimeoutError:
+            reason = f"no plan within {PLAN_S / 2:g} s"
+        except Exception as error:
+            log.debug("planning failed", exc_info=error)
+            reason = f"planning failed: {type(error).__name__}: {error}"
+        else:
+            return plan, deliver(plan, era, tensor_split=self._settings.tensor_split)
+        self._tell(f"{full_name(request.model)} passes unchanged: {reason}")
+        return None, stock(reason)
+
+    async def _plan(self, facts: ModelFacts, rig: Rig, era: Era, options: Mapping[str, Any]) -> Plan:
+        rig = without_companions(rig, facts)
+        return await asyncio.to_thread(self._planner, facts.profile, rig, plan_request(options, facts, rig, self._settings, era))
+
+    def _as_it_is(self, model: str, reason: str) -> Decision:
+        self._tell(f"{full_name(model)} passes unchanged: {reason}")
+        return Decision(delivery=stock(reason))
+
+    def _tell(self, text: str) -> None:
+        """Logs ``text`` once."""
+        if text not in self._told and len(self._told) < NAMES_KEPT:
+            self._told.add(text)
+            log.warning("%s", text)
+
+    # What is asked of Ollama and the GPUs
+
+    async def _facts_of(self, model: str) -> ModelFacts:
+        name = full_name(model)
+        facts = self._facts.get(name)
+        slot = self._slots.get(facts.blob or facts.digest) if facts else None
+        if facts is None or slot is None or not self._fresh(slot):
+            facts = await self._catalog.facts(model)
+            self._facts[name] = facts
+            while len(self._facts) > NAMES_KEPT:
+                self._facts.popitem(last=False)
+        return facts
+
+    def _fresh(self, slot: _Slot) -> bool:
+        return slot.current is not None and (slot.users > 0 or self._clock() - slot.seen_at < LOOK_S)
+
+    async def _is_on_v1(self, blob: str) -> bool:
+        for name in tuple(self._v1_names):
+            with suppress(ModelError):  # it names nothing that could be loaded
+                facts = await self._catalog.facts(name)
+                self._v1_blobs.add(facts.blob or facts.digest)
+            self._v1_names.discard(name)
+        return blob in self._v1_blobs
+
+    async def _of_blob(self, loaded: tuple[Loaded, ...], blob: str) -> Loaded | None:
+        """The loaded model with that blob, whatever its name."""
+        for entry in loaded:
+            try:
+                facts = await self._catalog.facts(entry.name)
+            except LopsidedError:
+                continue
+            if (facts.blob or facts.digest) == blob:
+                return entry
+        return None
+
+
+def _held(placed: InForce | None) -> tuple[int, ...] | None:
+    """Bytes on each GPU of a model that was placed so, ``None`` where that is not known."""
+    if placed is None or placed.plan is None:
+        return None
+    running: Candidate = placed.plan.chosen if placed.delivery.options else placed.plan.stock
+    return tuple(device.total_bytes for device in running.memory.devices)

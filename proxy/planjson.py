@@ -1,0 +1,116 @@
+"""Plans and rigs as JSON: one shape for ``lopsided plan --json`` and ``GET /lopsided/plan``. Renders values, decides nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.hardware import Gpu, Rig
+from planner.placement import Placement
+from planner.plan import Candidate, Plan
+from planner.power import power_shares, raw_powers
+from planner.profile import ModelProfile
+from proxy.options import Delivery, library_index
+
+
+def plan_json(plan: Plan, delivery: Delivery) -> dict[str, Any]:
+    """The whole answer; ``gpus`` are in Ollama's order, and so is every list with one entry per GPU."""
+    settings = plan.request.settings
+    shares = power_shares(raw_powers(plan.rig.gpus))
+    return {
+        "model": model_json(plan.profile),
+        "gpus": [
+            {"uuid": gpu.uuid, "name": gpu.name, "free_bytes": gpu.free_bytes, "power_share": share}
+            for gpu, share in zip(plan.rig.gpus, shares, strict=True)
+        ],
+        "request": {
+            "num_ctx": settings.num_ctx,
+            "num_batch": settings.batch,
+            "parallel": settings.parallel,
+            "boost": "auto" if plan.request.boost is None else plan.request.boost,
+        },
+        "plan": candidate_json(plan.chosen),
+        "stock": candidate_json(plan.stock),
+        "alternatives": [candidate_json(candidate) for candidate in plan.alternatives],
+        "reasons": list(plan.reasons),
+        "delivery": {"options": dict(delivery.options), "launcher": launcher_arguments(plan.chosen.placement, plan.rig)},
+    }
+
+
+def model_json(profile: ModelProfile) -> dict[str, Any]:
+    """What the plan is for."""
+    return {
+        "name": profile.name,
+        "architecture": profile.architecture,
+        "layers": profile.n_layers,
+        "weights_bytes": profile.weights_bytes,
+        "file_bytes": profile.file_bytes,
+        "context_train": profile.context_train,
+    }
+
+
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """One placement; ``layers`` count the output layer with its GPU."""
+    placement = candidate.placement
+    return {
+        "label": candidate.label,
+        "kind": placement.kind,
+        "layers": list(placement.shares),
+        "output_gpu": placement.output_gpu,
+        "cpu_layers": placement.cpu_layers,
+        "devices": [
+            {
+                "weights_bytes": device.weights_bytes,
+                "kv_bytes": device.kv_bytes,
+                "compute_bytes": device.compute_bytes,
+                "total_bytes": device.total_bytes,
+                "limit_bytes": limit,
+            }
+            for device, limit in zip(candidate.memory.devices, candidate.limits, strict=True)
+        ],
+        "decode_tokens_per_s": candidate.decode_tokens_per_s,
+        "prefill_tokens_per_s": candidate.prefill_tokens_per_s,
+        "calibrated": candidate.calibrated,
+    }
+
+
+def launcher_arguments(placement: Placement, rig: Rig) -> list[str]:
+    """The flags that make llama-server place a model so; devices take layers lowest first, the last one the output layer."""
+    names = [device_name(rig, gpu) for gpu in placement.order]
+    if not names:
+        return ["-ngl", "0"]
+    arguments = ["--device", ",".join(names)]
+    if len(names) == 1:
+        arguments += ["--split-mode", "none", "--main-gpu", "0"]
+    else:
+        arguments += ["--split-mode", "layer", "--tensor-split", ",".join(str(placement.shares[gpu]) for gpu in placement.order)]
+    return [*arguments, "-ngl", str(sum(placement.shares)), "--fit", "off"]
+
+
+def device_name(rig: Rig, gpu: int) -> str:
+    """What llama.cpp calls the rig's GPU ``gpu``: ``CUDA0``."""
+    return f"{rig.gpus[gpu].library}{library_index(rig, gpu)}"
+
+
+def gpu_json(gpu: Gpu, index: int, *, power_share: float) -> dict[str, Any]:
+    """A GPU as ``GET /lopsided/devices`` shows it."""
+    capability = gpu.compute_capability
+    return {
+        "index": index,
+        "uuid": gpu.uuid,
+        "name": gpu.name,
+        "library": gpu.library,
+        "pci_id": gpu.pci_id,
+        "total_bytes": gpu.total_bytes,
+        "free_bytes": gpu.free_bytes,
+        "compute_capability": f"{capability[0]}.{capability[1]}" if capability else None,
+        "sm_count": gpu.sm_count,
+        "clock_mhz": gpu.clock_mhz,
+        "bandwidth_bytes_per_s": gpu.bandwidth_bytes_per_s,
+        "power_share": power_share,
+    }
+
+
+def devices_json(rig: Rig) -> dict[str, Any]:
+    """All GPUs, in Ollama's order."""
+    shares = power_shares(raw_powers(rig.gpus))
+    return {"gpus": [gpu_json(gpu, index, power_share=shares[index]) for index, gpu in enumerate(rig.gpus)]}
