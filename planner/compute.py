@@ -29,6 +29,7 @@ from planner.graph import (
     VALUE_ROTATION,
     WINDOW,
     LayerGraph,
+    attends_in_ram,
     rotates,
     rotation_bytes,
     scale_of,
@@ -107,6 +108,7 @@ class ComputeModel:
             for matrix in (KEY_ROTATION - offset, VALUE_ROTATION - offset):
                 self._sizes[matrix] = align(rotation_bytes(profile, self._scale, matrix))
         self._embedding_bytes = align(width * tokens * F32)
+        self._altup = streams > 1
         self._programs: dict[object, _Program] = {}
         self._transitions: dict[object, tuple[State, int, dict[int, int]]] = {}
         self._parts: dict[DevicePart, int] = {}
@@ -119,18 +121,24 @@ class ComputeModel:
 
     def host_bytes(self, *, visitors: range, copies: int) -> int:
         """Bytes of the host's compute buffer: the inputs, and what layers in RAM hand over for their caches."""
-        read = {name for i in range(self._n) for name in self._reads(i, visiting=False)}
+        read = {name for i in range(self._n) for name in self._reads(i, visiting=False)} - {PER_LAYER}
         masks = sum(self._sizes[name] for name in read)
-        handed = 0
-        for i in visitors:
-            cache = self._caches[i]
-            values = cache.value_elements
-            if "attn_qkv.weight" in self._profile.layer_tensors[i] and not cache.state_elements:
-                handed = max(handed, self._profile.layer_tensors[i]["attn_qkv.weight"].shape[1] + cache.key_elements)
-            elif cache.owns_cache:
-                handed = max(handed, cache.key_elements + values)
+        handed = max((self._handed_bytes(i) for i in visitors), default=0)
         embedding = self._embedding_bytes + self._sizes[PER_LAYER]
-        return self._embedding_bytes + masks * copies + max(embedding, handed * self._scale.tokens * F32)
+        return self._embedding_bytes + masks * copies + max(embedding, handed)
+
+    def _handed_bytes(self, i: int) -> int:
+        """What a layer in RAM copies back from the device that computes it: new keys and values, or what its state is made of."""
+        profile, cache, tensors = self._profile, self._caches[i], self._profile.layer_tensors[i]
+        features = cache.key_elements + cache.value_elements if cache.owns_cache else 0
+        if "attn_qkv.weight" in tensors and cache.owns_cache:  # values are a view of the joint projection
+            features = tensors["attn_qkv.weight"].shape[1] + cache.key_elements
+        if cache.state_elements:
+            inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
+            channels = inner + 2 * profile.integer("ssm.group_count") * state
+            in_ram = "ssm_in.weight" in tensors and "ssm_x.weight" not in tensors
+            features = 3 * channels + inner if in_ram else channels
+        return features * self._scale.tokens * F32 + (cache.state_elements * self._scale.sequences * F32)
 
     # the replay of a part
 
@@ -141,9 +149,14 @@ class ComputeModel:
         everything = [*part.visitors, *own]
         pinned = part.copies > 1
         arrival = [RESIDUAL] if part.first or not part.normed else [NORMED]
-        inputs = () if part.visitors else tuple(dict.fromkeys(name for i in own for name in self._reads(i, visiting=False)))
-        arrival += [PER_LAYER] if self._sizes[PER_LAYER] and not part.first else []
+        inputs = () if part.visitors else tuple(
+            dict.fromkeys(name for i in own for name in self._reads(i, visiting=False) if name != PER_LAYER)
+        )
+        arrival += [PER_LAYER] if self._sizes[PER_LAYER] and not part.first and not self._altup else []
         late = [RESIDUAL] if RESIDUAL not in arrival else []
+        for size in (*self._hoisted(part), *self._streams(part), *self._borrowed(part)):
+            for _ in range(part.copies):
+                heap.allocate(size)
         for name in (*arrival, *inputs, *late):
             size = self._embedding_bytes if name == RESIDUAL and part.first else self._sizes[name]
             for copy in range(part.copies):
@@ -156,14 +169,14 @@ class ComputeModel:
         for i in everything:
             for name in self._reads(i, visiting=i in part.visitors):
                 readers.setdefault(name, []).append(i)
-        waiting = set(readers) if part.visitors else set()
+        waiting = set(readers) - {PER_LAYER} if part.visitors else set()
         for i in everything:
             begins = i == everything[0]
             brings = {name for name in waiting if readers[name][0] == i and i in part.visitors}
             if part.visitors and i == part.visitors[-1]:
                 brings = waiting
             waiting = waiting - brings
-            kept = {PER_LAYER, *(name for name, read_by in readers.items() if pinned or read_by[-1] != i)}
+            kept = {*(name for name, read_by in readers.items() if pinned or read_by[-1] != i)}
             if begins and pinned and (not part.first or not self._has_prelude):
                 kept |= {RESIDUAL, NORMED}
             self._run(
@@ -185,18 +198,60 @@ class ComputeModel:
             self._run(heap, slots, self._output())
         return heap.peak
 
+    def _hoisted(self, part: DevicePart) -> list[int]:
+        """Inputs that Mamba layers exchange over the border of two devices.
+
+        ``build_rs`` puts a layer's state operations into the graph ahead of the last operations of the Mamba layer before it: where
+        that lies on another device, its gate is computed here (from the whole projection), and copied back.
+        """
+        mamba = [i for i in range(self._n) if "ssm_in.weight" in self._profile.layer_tensors[i]]
+        own = [i for i in mamba if i in part.layers]
+        sizes = []
+        if own and own[0] != mamba[0] and not part.first:
+            sizes.append(align(self._profile.layer_tensors[own[0]]["ssm_in.weight"].shape[1] * self._scale.tokens * F32))
+        if own and own[-1] != mamba[-1] and part.layers.stop <= mamba[-1]:
+            sizes.append(align(self._profile.integer("ssm.inner_size") * self._scale.tokens * F32))
+        return sizes
+
+    def _borrowed(self, part: DevicePart) -> list[int]:
+        """Caches of layers on another device that layers here read: each reader gets a copy (Gemma 3n, Gemma 4)."""
+        scale = self._scale
+        owners = [i for i in range(self._n) if self._caches[i].owns_cache]
+        sizes = []
+        for i in part.layers:
+            cache = self._caches[i] if i < self._n else None
+            if cache and cache.attends and not cache.owns_cache and owners:
+                owner = max(j for j in owners if self._caches[j].windowed == cache.windowed)
+                if owner not in part.layers:
+                    cells = (scale.window_cells if cache.windowed else scale.cells) * scale.sequences
+                    sizes.append(align(cells * scale.keys.row_bytes(cache.key_elements)))
+                    sizes.append(align(cells * scale.values.row_bytes(cache.value_elements)))
+        return sizes
+
+    def _streams(self, part: DevicePart) -> list[int]:
+        """Gemma 3n's residual streams are made where the output layer lies, and travel twice: as they are, and permuted."""
+        if not self._altup or (part.first and part.output):
+            return []
+        permuted = [self._sizes[RESIDUAL]]
+        if part.first:
+            return [*permuted, self._sizes[RESIDUAL], self._embedding_bytes, self._sizes[PER_LAYER]]
+        return [*permuted, *((self._sizes[PER_LAYER], self._embedding_bytes) if part.output else ())]
+
     def _reads(self, i: int, *, visiting: bool) -> tuple[int, ...]:
         """Inputs of the graph that a layer reads on its device, in order."""
         cache = self._caches[i]
+        extra = (PER_LAYER,) if self._sizes[PER_LAYER] else ()
         if not cache.attends:
-            return ()
+            return extra
         offset = WINDOW if cache.windowed else 0
         names = (
             *((POSITIONS,) if rotates(self._profile, cache) else ()),
             *(name for name in (KEY_ROTATION - offset, VALUE_ROTATION - offset) if self._sizes[name]),
             *((INDICES - offset,) if cache.owns_cache and not visiting else ()),
         )
-        return (*names, MASK - offset)
+        if visiting and attends_in_ram(self._profile, i):
+            return tuple(name for name in names if name in (POSITIONS, KEY_ROTATION - offset))
+        return (*names, MASK - offset, *extra)
 
     def _run(self, heap: Allocator, slots: dict[int, int], program: _Program) -> None:
         key = (program.number, heap.state, tuple(sorted(slots.items())))
@@ -295,7 +350,7 @@ class ComputeModel:
                 exports[NORMED] = x
                 x = tape.op(width * scale.outputs * F32, x)
             exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
-        return self._program(key, tape, exports, frozenset((MASK, MASK - WINDOW, PER_LAYER)))
+        return self._program(key, tape, exports, frozenset((MASK, MASK - WINDOW)))
 
 
 def _place_in_model(profile: ModelProfile, i: int) -> object:

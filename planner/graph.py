@@ -285,6 +285,9 @@ class LayerGraph:
         )
         out_features = heads * value_features // heads_kv
         cells = self._cells() * scale.sequences
+        if self._offloaded and attends_in_ram(self._profile, self._index):
+            self.tape.use(q)
+            return self._op(out_features)
         copies: tuple[int, ...] = ()
         if self._offloaded and cache.owns_cache:
             copies = (self.tape.op(scale.keys.row_bytes(cache.key_elements) * cells),)
@@ -391,6 +394,11 @@ class LayerGraph:
         groups, heads = profile.integer("ssm.group_count"), profile.integer("ssm.time_step_rank")
         channels = inner + 2 * groups * state
         zxbcdt = self._project("ssm_in", x)
+        if self._offloaded:  # the state lies in RAM, so convolution and scan run there
+            self.tape.use(zxbcdt)
+            y = self._in_place(self._op(inner, self._op(channels)), self._op(inner))
+            y = self._op(inner, self._op(inner), y)
+            return self._project("ssm_out", self._norm_view(y, inner) if self._has("ssm_norm") else y)
         convolved = self._convolution(zxbcdt, channels, profile.integer("ssm.conv_kernel"))
         step = self._in_place(self._op(heads, zxbcdt))
         scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, step)
@@ -592,10 +600,11 @@ class LayerGraph:
         """Gemma 3n: several residual streams, predicted and corrected (``src/models/gemma3n.cpp``)."""
         streams = self._profile.integer("altup.num_inputs")
         width, wide = self._width, self._width * self._profile.integer("altup.num_inputs")
+        permuted = self._op(wide, RESIDUAL)
         router = self._op(width, RESIDUAL)
         coefficients = self._op(streams * streams, router)
-        permuted = self._op(wide, RESIDUAL)
-        predictions = self._op(wide, self._op(wide, permuted, coefficients))
+        mixed = self._op(wide, permuted, coefficients)
+        predictions = self._op(wide, mixed)
         predictions = self._in_place(predictions, RESIDUAL)
         normed = self._op(width, predictions)
         attended = self._norm(self._attention(normed))
@@ -676,12 +685,18 @@ def rotation_bytes(profile: ModelProfile, scale: Scale, matrix: int) -> int:
     if windowed:
         head = profile.integer(f"attention.{kind}_length_swa", head)
     latent = bool(profile.integer("attention.key_length_mla"))
-    if cache_type.block_size == 1 or head % VALUE_ROTATION_ROWS or (latent and matrix == VALUE_ROTATION):
+    if cache_type.block_size == 1 or head % VALUE_ROTATION_ROWS or latent:
         return 0
     rows = VALUE_ROTATION_ROWS
     while matrix == KEY_ROTATION and head % (2 * rows) == 0:
         rows *= 2
     return rows * rows * F32
+
+
+def attends_in_ram(profile: ModelProfile, index: int) -> bool:
+    """Attention over a cache in RAM runs on the CPU where the states of a later Mamba layer are fetched right behind it."""
+    last = max((i for i, tensors in enumerate(profile.layer_tensors) if "ssm_in.weight" in tensors), default=0)
+    return index < last
 
 
 def rotates(profile: ModelProfile, cache: LayerCache) -> bool:

@@ -1,213 +1,250 @@
-"""What stock Ollama would do with a model, in both eras: the baseline of every plan.
+"""What stock Ollama would do with a request: the baseline that no plan may be slower than. Both eras.
 
-Sources: Ollama 0.32 ``server/sched.go`` (``selectLlamaServerPlacement``, ``automaticGenerationBatch``), ``llm/llama_server.go``
-(``PredictServerVRAM``), ``server/routes.go``; Ollama 0.24 ``llm/server.go`` (``assignLayers``). What llama.cpp then does with a group of
-GPUs is in ``planner.params_fit``.
+0.30 and later (``server/sched.go``, v0.32.15): one GPU where ``PredictServerVRAM`` is within 80 % of its free memory (the one with the
+most of it), else all GPUs of one library; llama.cpp's ``--fit`` splits inside (``planner.autofit``). 0.11.5 to 0.24
+(``llm/server.go``): as few GPUs as hold everything, filled in proportion to memory (``planner.fit``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from planner.autofit import FIT_MARGIN_BYTES, Fit, auto_fit, contiguous, split_by_memory
 from planner.contiguous import to_placement
 from planner.costs import layer_costs
 from planner.fit import Device, stock_fit, stock_groups
 from planner.hardware import Gpu, Rig
-from planner.memory import estimate_memory
-from planner.params_fit import params_fit
-from planner.placement import Placement, on_cpu, solo
+from planner.memory import MIB
+from planner.placement import Placement, on_cpu
 from planner.profile import ModelProfile
-from planner.runtime import context_bytes
+from planner.request import PlanRequest
 from planner.settings import LoadSettings
+from planner.sizes import Sizes
 
-Era = Literal["runner", "llama-server"]
-"""``runner``: Ollama 0.11.5 to 0.24; ``llama-server``: 0.30 and later."""
-
-MIB = 2**20
 GIB = 2**30
 
-CONTEXT_BY_VRAM = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))
-"""From so many bytes of all GPUs together, the context in tokens where nobody sets one (``server/routes.go``)."""
+CONTEXT_TIERS = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))
+"""``(total VRAM in bytes, tokens)``: the context of a request that sets none (``Serve`` in ``server/routes.go``)."""
 
-SINGLE_GPU_PERCENT = 80
-"""A model goes to one GPU if its predicted bytes are at most so much of the free ones (``bestSingleGPUFit``)."""
+SOLO_PERCENT = 80
+"""A model goes to one GPU where it is predicted to take no more of its free memory (``bestSingleGPUFit``)."""
 
-BATCHES = ((32768, 2048), (4096, 1024), (0, 512))
-"""Above so many tokens of context, the batch (``generationBatchForContext``)."""
+DEFAULT_BATCH, MEDIUM_BATCH, LARGE_BATCH, CONSTRAINED_BATCH = 512, 1024, 2048, 256
+"""Tokens (``llamaServerGenerationBatch…`` in ``server/sched.go``)."""
 
-BATCH_HEADROOM_PERCENT = {2048: 60, 1024: 75, 512: 100}
-BATCH_SURCHARGE_BYTES = {2048: 2 * GIB, 1024: 768 * MIB, 512: 0}
-"""A batch needs the predicted bytes within the first of the free ones, and room for the second within 80 % of them."""
+BATCH_HEADROOM_PERCENT = {LARGE_BATCH: 60, MEDIUM_BATCH: 75}
+"""A larger batch needs the model to be predicted within this part of the free memory (``generationBatchHasHeadroom``)."""
+
+BATCH_SURCHARGE_BYTES = {LARGE_BATCH: 2 * GIB, MEDIUM_BATCH: 768 * MIB}
+"""What it adds to the prediction (``generationBatchSurcharge``)."""
+
+CONSTRAINED_GPU_BYTES = 8 * GIB
+"""Without flash attention, a CUDA card with no more memory gets ``CONSTRAINED_BATCH`` for contexts above 4096 tokens."""
 
 RUNNER_RESERVE_BYTES = 457 * MIB
-"""What the runner era leaves free on each GPU beside ``OLLAMA_GPU_OVERHEAD`` and the graph (``MinimumMemory`` in ``ml/device.go``)."""
+"""What the runner era keeps free on each GPU (``MinimumMemory`` in ``ml/device.go``)."""
+
+SINGLE_SEQUENCE = frozenset(
+    {"mllama", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen3next", "lfm2", "lfm2moe"}
+    | {"nemotron_h", "nemotron_h_moe", "nemotron_h_omni"}
+)
+"""Architectures that Ollama never runs in parallel (``Scheduler.load``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StockOptions:
-    """What a request and Ollama's environment say about placement; ``None``: nobody said anything."""
+class StockLoad:
+    """What stock does. ``shifts_bytes``: what each GPU holds more than the placement says (parts of a layer, ``Fit``).
 
-    num_gpu: int | None = None
-    main_gpu: int | None = None
-    spread: bool = False
-    auto_batch: bool = True
-    gpu_overhead_bytes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StockChoice:
-    """Stock's placement, the settings it loads with (its automatic batch), and why."""
+    ``gpus`` are those that Ollama lets llama-server see, ``solo`` whether it chose one of them by itself or by ``main_gpu``.
+    """
 
     placement: Placement
     settings: LoadSettings
-    reason: str
+    gpus: tuple[int, ...]
+    solo: bool
+    shifts_bytes: tuple[int, ...]
 
 
-def default_num_ctx(rig: Rig, profile: ModelProfile) -> int:
-    """Tokens of context where nobody sets one: by the total bytes of all GPUs, cut to the trained context."""
+def default_num_ctx(rig: Rig) -> int:
+    """Tokens of context where neither the request nor the model nor ``OLLAMA_CONTEXT_LENGTH`` says any, the trained limit aside."""
     total = sum(gpu.total_bytes for gpu in rig.gpus)
-    tokens = next(tokens for least, tokens in CONTEXT_BY_VRAM if total >= least)
-    return min(tokens, profile.context_train or tokens)
+    return next(tokens for least, tokens in CONTEXT_TIERS if total >= least)
+
+
+def effective_settings(profile: ModelProfile, rig: Rig, request: PlanRequest) -> LoadSettings:
+    """The load that ``request`` means on ``rig``, before any batch is chosen: context cut to the trained one, sequences."""
+    wanted = request.num_ctx or default_num_ctx(rig)
+    single = request.embedding or profile.architecture.replace("-", "_") in SINGLE_SEQUENCE
+    batch = request.num_batch or DEFAULT_BATCH
+    return LoadSettings(
+        num_ctx=min(wanted, profile.context_train or wanted),
+        parallel=1 if single else request.parallel,
+        batch=batch,
+        ubatch=batch,
+        kv_type_k=request.kv_type_k,
+        kv_type_v=request.kv_type_v,
+        flash_attention=request.flash_attention,
+    )
 
 
 def predict_server_vram(profile: ModelProfile, total_ctx: int) -> int:
-    """Ollama's one number for a model's bytes: ``file + 4 · layers · min_kv_heads · (embedding / max_heads) · context``.
+    """Bytes that Ollama expects a model to take: ``PredictServerVRAM`` in ``llm/llama_server.go``.
 
-    ``PredictServerVRAM``: it knows neither windows nor MLA, recurrent layers, cache types, or heads of another width.
+    ``file size + 2 · layers · least KV heads · (embedding / heads) · context · 2``: no windows, no states, no quantized cache.
     """
-    heads = profile.integer("attention.head_count")
-    kv_heads = min((n for n in profile.per_layer("attention.head_count_kv", heads)), default=0) or 1
-    width = profile.embedding_length // heads if heads else 0
-    return profile.file_bytes + 4 * profile.integer("block_count", profile.n_layers) * kv_heads * width * total_ctx
+    heads = profile.integer("attention.head_count", 1)
+    kv = profile.metadata.get(f"{profile.architecture}.attention.head_count_kv", 1)
+    kv_heads = min((int(value) for value in kv), default=1) if isinstance(kv, tuple) else int(kv)
+    head = profile.embedding_length // heads if heads else 0
+    n_blocks = profile.integer("block_count", profile.n_layers)
+    return profile.file_bytes + 2 * n_blocks * max(kv_heads, 1) * head * total_ctx * 2
 
 
-def automatic_batch(settings: LoadSettings, predicted_bytes: int, gpus: Sequence[Gpu]) -> int:
-    """``num_batch`` where nobody sets it, on the chosen ``gpus`` (``automaticGenerationBatch``)."""
-    available = sum(gpu.free_bytes for gpu in gpus)
-    if not settings.flash_attention and any(gpu.library == "CUDA" for gpu in gpus):
-        small = any(gpu.library == "CUDA" and min(gpu.free_bytes or gpu.total_bytes, gpu.total_bytes) <= 8 * GIB for gpu in gpus)
-        return 256 if small and settings.total_ctx > 4096 else 512
-    largest = next(batch for above, batch in BATCHES if settings.total_ctx > above)
-    return next(b for _, b in BATCHES if b <= largest and (b == 512 or _batch_fits(b, predicted_bytes, available)))
+def automatic_batch(settings: LoadSettings, predicted_bytes: int, gpus: Sequence[Gpu], available_bytes: int) -> int:
+    """Tokens of a batch that nobody has set: ``automaticGenerationBatch`` on the chosen ``gpus``."""
+    ctx = settings.total_ctx
+    cuda = [gpu for gpu in gpus if gpu.library == "CUDA"]
+    if not settings.flash_attention and cuda:
+        small = any(0 < min(gpu.free_bytes or gpu.total_bytes, gpu.total_bytes) <= CONSTRAINED_GPU_BYTES for gpu in cuda)
+        return CONSTRAINED_BATCH if ctx > 4096 and small else DEFAULT_BATCH
+    batch = LARGE_BATCH if ctx > 32768 else MEDIUM_BATCH if ctx > 4096 else DEFAULT_BATCH
+    for size in (LARGE_BATCH, MEDIUM_BATCH):
+        if batch == size and not _batch_fits(size, predicted_bytes, available_bytes):
+            batch = MEDIUM_BATCH if size == LARGE_BATCH else DEFAULT_BATCH
+    return batch
 
 
-def _batch_fits(batch: int, predicted_bytes: int, available_bytes: int) -> bool:
-    if not predicted_bytes or not available_bytes:
+def _batch_fits(batch: int, predicted: int, available: int) -> bool:
+    if not predicted or not available:
         return True
-    threshold = available_bytes * 80 // 100
-    return (
-        predicted_bytes <= available_bytes * BATCH_HEADROOM_PERCENT[batch] // 100
-        and predicted_bytes + BATCH_SURCHARGE_BYTES[batch] <= threshold
-    )
+    threshold = available * SOLO_PERCENT // 100
+    within = predicted <= available * BATCH_HEADROOM_PERCENT[batch] // 100
+    return predicted <= threshold and within and BATCH_SURCHARGE_BYTES[batch] <= threshold - predicted
 
 
-def with_batch(settings: LoadSettings, profile: ModelProfile, gpus: Sequence[Gpu], *, auto: bool) -> LoadSettings:
-    """``settings`` with stock's automatic batch for a load on ``gpus``, or as they are."""
-    if not auto:
+def available_bytes(rig: Rig, gpus: Sequence[int]) -> int:
+    """Free memory of ``gpus`` as Ollama adds it up: integrated ones together no more than the host has free."""
+    discrete = sum(rig.gpus[i].free_bytes for i in gpus if not rig.gpus[i].integrated)
+    shared = sum(rig.gpus[i].free_bytes for i in gpus if rig.gpus[i].integrated)
+    return discrete + (min(shared, rig.host.free_bytes) if rig.host.free_bytes else shared)
+
+
+def settings_on(profile: ModelProfile, rig: Rig, request: PlanRequest, gpus: Sequence[int]) -> LoadSettings:
+    """The settings of a load that is placed on ``gpus``: the request's, with Ollama's automatic batch where it sets none."""
+    settings = effective_settings(profile, rig, request)
+    if request.num_batch or request.embedding or request.era == "runner" or not gpus:
         return settings
-    batch = automatic_batch(settings, predict_server_vram(profile, settings.total_ctx), gpus)
+    predicted = predict_server_vram(profile, settings.total_ctx)
+    batch = automatic_batch(settings, predicted, [rig.gpus[i] for i in gpus], available_bytes(rig, gpus))
     return replace(settings, batch=batch, ubatch=batch)
 
 
-def stock_choice(
-    profile: ModelProfile, rig: Rig, settings: LoadSettings, era: Era, options: StockOptions = StockOptions()
-) -> StockChoice:
-    """What stock Ollama of ``era`` does with ``profile`` on ``rig``."""
-    if not rig.gpus or options.num_gpu == 0:
+def stock_load(profile: ModelProfile, rig: Rig, request: PlanRequest) -> StockLoad:
+    """What stock Ollama of ``request.era`` does, the client's ``num_gpu`` and ``main_gpu`` honoured."""
+    if not rig.gpus or request.num_gpu == 0:
         placement = on_cpu(n_gpus=len(rig.gpus), n_layers=profile.n_layers)
-        return StockChoice(placement=placement, settings=settings, reason="no GPU, or num_gpu 0")
-    return _runner(profile, rig, settings, options) if era == "runner" else _llama_server(profile, rig, settings, options)
+        settings = settings_on(profile, rig, request, ())
+        return StockLoad(placement=placement, settings=settings, gpus=(), solo=False, shifts_bytes=(0,) * len(rig.gpus))
+    return _runner_load(profile, rig, request) if request.era == "runner" else _llama_server_load(profile, rig, request)
 
 
-def _llama_server(profile: ModelProfile, rig: Rig, settings: LoadSettings, options: StockOptions) -> StockChoice:
-    groups = _by_library(rig.gpus)
-    predicted = predict_server_vram(profile, settings.total_ctx)
-    best = None
-    if len(rig.gpus) > 1 and options.main_gpu is not None and options.main_gpu >= 0:
-        named = [group[options.main_gpu] for group in groups if options.main_gpu < len(group)]
-        best, why = _preferred(rig.gpus, named), f"main_gpu {options.main_gpu} is asked for"
-    elif len(rig.gpus) == 1:
-        best, why = 0, "the only GPU"
-    elif not options.spread:
-        fitting = [i for i, gpu in enumerate(rig.gpus) if predicted <= gpu.free_bytes * SINGLE_GPU_PERCENT // 100]
-        best, why = _preferred(rig.gpus, fitting), "of the GPUs that it fills to 80 % at most, the one with the most free memory"
-    if best is not None:
-        chosen = [best]
+def select_gpus(profile: ModelProfile, rig: Rig, request: PlanRequest) -> tuple[tuple[int, ...], bool]:
+    """The GPUs that a load gets, in the rig's order, and whether it is one on purpose: ``selectLlamaServerPlacement``."""
+    groups = _libraries(rig)
+    if len(rig.gpus) <= 1:
+        return tuple(range(len(rig.gpus))), request.main_gpu is not None
+    available = [available_bytes(rig, (i,)) for i in range(len(rig.gpus))]
+
+    def rank(i: int) -> tuple[bool, int, int]:
+        return (not rig.gpus[i].integrated, available[i], -i)
+
+    if request.main_gpu is not None:
+        named = [group[request.main_gpu] for group in groups if 0 <= request.main_gpu < len(group)]
+        return ((max(named, key=rank),), True) if named else (_best_group(rig, groups), False)
+    if not request.spread:
+        settings = effective_settings(profile, rig, request)
+        predicted = predict_server_vram(profile, settings.total_ctx)
+        holding = [i for group in groups for i in group if predicted <= available[i] * SOLO_PERCENT // 100]
+        if predicted and holding:
+            return (max(holding, key=rank),), True
+    return _best_group(rig, groups), False
+
+
+def _libraries(rig: Rig) -> list[tuple[int, ...]]:
+    names = dict.fromkeys(gpu.library for gpu in rig.gpus)
+    return [tuple(i for i, gpu in enumerate(rig.gpus) if gpu.library == name) for name in names]
+
+
+def _best_group(rig: Rig, groups: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return max(groups, key=lambda group: (any(not rig.gpus[i].integrated for i in group), available_bytes(rig, group)))
+
+
+def _llama_server_load(profile: ModelProfile, rig: Rig, request: PlanRequest) -> StockLoad:
+    gpus, solo = select_gpus(profile, rig, request)
+    settings = settings_on(profile, rig, request, gpus)
+    free = [max(rig.gpus[i].free_bytes - request.runtime_bytes, 0) for i in gpus]
+    if request.num_gpu is not None and request.num_gpu > 0:
+        counts = split_by_memory(min(request.num_gpu, profile.n_layers + 1), free)
+        fit = Fit(placement=contiguous(counts, profile.n_layers), shifts_bytes=(0,) * len(gpus))
     else:
-        chosen = max(groups, key=lambda group: sum(rig.gpus[i].free_bytes for i in group))
-        why = (
-            "OLLAMA_SCHED_SPREAD is set: split over all GPUs"
-            if options.spread
-            else f"predicted {predicted / GIB:.1f} GiB are more than 80 % of any GPU's free memory: split over all"
-        )
-    gpus = [rig.gpus[i] for i in chosen]
-    loaded = with_batch(settings, profile, gpus, auto=options.auto_batch)
-    free = [gpu.free_bytes - context_bytes(gpu) for gpu in gpus]
-    if options.num_gpu is not None and options.num_gpu > 0:
-        local = _forced(profile, free, options.num_gpu)
-    else:
-        local = params_fit(profile, loaded, free)
-    return StockChoice(placement=_on_rig(local, chosen, len(rig.gpus)), settings=loaded, reason=why)
-
-
-def _forced(profile: ModelProfile, free_bytes: Sequence[int], num_gpu: int) -> Placement:
-    """``-ngl``: the highest layers, in proportion to free memory; the output layer counts as the first of them."""
-    offloaded = min(num_gpu, profile.n_layers + 1)
-    total, bounds, cumulative = sum(free_bytes), [], 0
-    for free in free_bytes:
-        cumulative += free
-        bounds.append(cumulative)
-    owners = [
-        next((gpu for gpu, bound in enumerate(bounds) if bound * offloaded > layer * total), len(bounds) - 1)
-        for layer in range(offloaded)
-    ]
-    output = owners[-1]
-    layers = tuple(owners[:-1].count(gpu) for gpu in range(len(free_bytes)))
-    order = tuple(gpu for gpu in range(len(free_bytes)) if layers[gpu] or gpu == output)
-    return Placement(layers=layers, order=order, output_gpu=output, cpu_layers=profile.n_layers + 1 - offloaded)
-
-
-def _runner(profile: ModelProfile, rig: Rig, settings: LoadSettings, options: StockOptions) -> StockChoice:
-    costs = layer_costs(profile, settings)
-    graph = max(
-        device.compute_bytes for device in estimate_memory(profile, settings, solo(0, n_gpus=1, n_layers=profile.n_layers)).devices
-    )
-    reserve = RUNNER_RESERVE_BYTES + options.gpu_overhead_bytes + graph
-    usable = [max(gpu.free_bytes - reserve, 0) for gpu in rig.gpus]
-    devices = [
-        Device(gpu=i, weighted_bytes=usable[i], ceiling_bytes=usable[i], integrated=gpu.integrated, uuid=gpu.uuid)
-        for i, gpu in enumerate(rig.gpus)
-    ]
-    fit = stock_fit(costs.all_bytes, stock_groups(devices))
-    placement = to_placement(fit, n_gpus=len(rig.gpus))
-    return StockChoice(
-        placement=placement, settings=settings, reason="as few GPUs as hold it, most free memory first, filled in proportion"
+        fit = auto_fit(profile, Sizes(profile, settings), free, [FIT_MARGIN_BYTES] * len(gpus))
+    shifts = [0] * len(rig.gpus)
+    for gpu, shift in zip(gpus, fit.shifts_bytes, strict=True):
+        shifts[gpu] = shift
+    return StockLoad(
+        placement=on_rig(fit.placement, gpus, len(rig.gpus)),
+        settings=settings,
+        gpus=gpus,
+        solo=solo,
+        shifts_bytes=tuple(shifts),
     )
 
 
-def _by_library(gpus: Sequence[Gpu]) -> list[list[int]]:
-    groups: dict[str, list[int]] = {}
-    for index, gpu in enumerate(gpus):
-        groups.setdefault(gpu.library, []).append(index)
-    return list(groups.values())
-
-
-def _preferred(gpus: Sequence[Gpu], candidates: Sequence[int]) -> int | None:
-    """Discrete before integrated, then the most free memory, then Ollama's order."""
-    return min(candidates, key=lambda i: (gpus[i].integrated, -gpus[i].free_bytes, i), default=None)
-
-
-def _on_rig(local: Placement, chosen: Sequence[int], n_gpus: int) -> Placement:
-    """``local``, which counts the ``chosen`` GPUs, counted as the rig does."""
+def on_rig(placement: Placement, gpus: Sequence[int], n_gpus: int) -> Placement:
+    """``placement`` on devices 0, 1, … as one on the rig's ``gpus``."""
     layers = [0] * n_gpus
-    for index, gpu in enumerate(chosen):
-        layers[gpu] = local.layers[index]
-    return Placement(
+    for device, count in enumerate(placement.layers):
+        layers[gpus[device]] = count
+    return replace(
+        placement,
         layers=tuple(layers),
-        order=tuple(chosen[index] for index in local.order),
-        output_gpu=None if local.output_gpu is None else chosen[local.output_gpu],
-        cpu_layers=local.cpu_layers,
-        cpu_experts=local.cpu_experts,
+        order=tuple(gpus[device] for device in placement.order),
+        output_gpu=None if placement.output_gpu is None else gpus[placement.output_gpu],
+    )
+
+
+def _runner_load(profile: ModelProfile, rig: Rig, request: PlanRequest) -> StockLoad:
+    settings = settings_on(profile, rig, request, ())
+    costs = layer_costs(profile, settings).all_bytes
+    sizes = Sizes(profile, settings)
+    requested = request.num_gpu if request.num_gpu is not None and request.num_gpu > 0 else None
+    gpus = _best_group(rig, _libraries(rig))
+    graphs = [0] * len(rig.gpus)
+    placement = on_cpu(n_gpus=len(rig.gpus), n_layers=profile.n_layers)
+    for _ in range(3):  # stock repeats the fit with the graphs that the last round has measured
+        devices = [
+            Device(
+                gpu=i,
+                weighted_bytes=max(rig.gpus[i].free_bytes - RUNNER_RESERVE_BYTES - request.gpu_overhead_bytes - graphs[i], 0),
+                integrated=rig.gpus[i].integrated,
+                uuid=rig.gpus[i].uuid,
+            )
+            for i in gpus
+        ]
+        groups = stock_groups(devices)
+        fit = stock_fit(costs, groups[-1:] if request.spread else groups, requested=requested, force=True)
+        found = to_placement(fit, n_gpus=len(rig.gpus))
+        if found == placement:
+            break
+        placement = found
+        if placement.order:
+            for gpu, buffer in zip(placement.order, sizes.compute_bytes(placement), strict=True):
+                graphs[gpu] = max(graphs[gpu], buffer)
+    return StockLoad(
+        placement=placement,
+        settings=settings,
+        gpus=placement.order,
+        solo=len(placement.order) == 1,
+        shifts_bytes=(0,) * len(rig.gpus),
     )

@@ -1,0 +1,351 @@
+"""The automatic plan: every placement worth looking at, what it costs, and which is the fastest that fits.
+
+Candidates: stock's own; each GPU alone; the boost algorithm's layouts; the best splits over several GPUs; where not everything fits
+on them, the lowest layers, or the experts of the lowest layers, in RAM.
+
+A layer costs less on a faster GPU whichever layer it is, so the best split fills the fastest GPU first, with the output layer
+on it, then the next: ``best_split`` finds it by dynamic programming over devices and layers, exactly for up to ``EXACT_GPUS``
+(every order, every cut), and for more with the devices in the order of their speed, each in turn as the one with the output
+layer, and filled to within ``SLACK_LAYERS`` of its limit: what that can lose is ``SLACK_LAYERS`` layers on each device.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, permutations
+
+from planner.costs import layer_costs
+from planner.hardware import Rig
+from planner.layout import create_layout
+from planner.memory import MemoryEstimate, estimate_memory
+from planner.placement import Placement, on_cpu, solo
+from planner.profile import ModelProfile
+from planner.request import Candidate, Objective, PlanRequest
+from planner.settings import LoadSettings
+from planner.sizes import Sizes
+from planner.speed import (
+    HOP_SECONDS,
+    PROMPT_TOKENS,
+    Work,
+    decode_seconds,
+    gpu_rates,
+    host_rates,
+    model_work,
+    prefill_seconds,
+)
+from planner.stock import GIB, StockLoad, settings_on
+
+NEVER_WORSE_GAIN = 0.02
+"""How much faster than stock a plan must be predicted to be taken, a pure number: the model's own error on measured splits is 4 %."""
+
+TIE = 0.001
+"""Scores that differ by less count as equal, a pure number."""
+
+BALANCED_TURN = (1024, 256)
+"""Tokens of prompt and answer by which the objective ``balanced`` weighs prefill and decode."""
+
+BOOSTS = (1.0, 1.25, 1.5, 1.75, 2.0)
+"""The boost algorithm's factors that are looked at."""
+
+EXACT_GPUS = 3
+"""GPUs up to which every order and every cut is looked at: more would take longer than a plan may."""
+
+SLACK_LAYERS = 2
+"""Layers by which a device may stay below its limit, where not every cut is looked at."""
+
+ROUNDS = 4
+"""How often a split is searched again with the compute buffers that the last one turned out to have."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What the search saw: candidates that fit, the best first, and those that would have been but do not fit."""
+
+    candidates: tuple[Candidate, ...]
+    too_large: tuple[Candidate, ...]
+
+
+class Search:
+    """One request on one rig. Rates and work are worked out once."""
+
+    def __init__(self, profile: ModelProfile, rig: Rig, request: PlanRequest) -> None:
+        self.profile = profile
+        self.rig = rig
+        self.request = request
+        self.rates = tuple(gpu_rates(gpu, request.calibration) for gpu in rig.gpus)
+        self.host = host_rates(rig.host)
+        self.limits = tuple(max(gpu.free_bytes - request.margin_bytes - request.gpu_overhead_bytes, 0) for gpu in rig.gpus)
+        self._runtime = (request.runtime_bytes,) * len(rig.gpus)
+        self._sizes: dict[LoadSettings, Sizes] = {}
+
+    def sizes(self, settings: LoadSettings) -> Sizes:
+        """The sizes under ``settings``, made once."""
+        if settings not in self._sizes:
+            self._sizes[settings] = Sizes(self.profile, settings)
+        return self._sizes[settings]
+
+    def work(self, settings: LoadSettings) -> Work:
+        """The work under ``settings``."""
+        return model_work(self.profile, settings)
+
+    def candidate(
+        self,
+        label: str,
+        placement: Placement,
+        settings: LoadSettings,
+        *,
+        limits: tuple[int, ...] | None = None,
+        shifts_bytes: Sequence[int] = (),
+    ) -> Candidate:
+        """``placement`` with its memory and its speed. ``limits``: if not given, free bytes less the margin."""
+        memory = estimate_memory(self.profile, settings, placement, runtime_bytes=self._runtime)
+        if any(shifts_bytes):
+            devices = tuple(
+                replace(device, weights_bytes=device.weights_bytes + shift)
+                for device, shift in zip(memory.devices, shifts_bytes, strict=True)
+            )
+            memory = replace(memory, devices=devices)
+        work = self.work(settings)
+        return Candidate(
+            label=label,
+            placement=placement,
+            settings=settings,
+            memory=memory,
+            limits=self.limits if limits is None else limits,
+            decode_tokens_per_s=1 / decode_seconds(work, placement, self.rates, self.host),
+            prefill_tokens_per_s=PROMPT_TOKENS
+            / prefill_seconds(work, placement, self.rates, self.host, ubatch=settings.ubatch),
+            calibrated=bool(placement.order) and all(self.rates[gpu].source == "calibrated" for gpu in placement.order),
+        )
+
+    def stock(self, load: StockLoad, label: str) -> Candidate:
+        """Stock's load as a candidate; its limits are all free bytes: it keeps margins of its own."""
+        free = tuple(gpu.free_bytes for gpu in self.rig.gpus)
+        return self.candidate(label, load.placement, load.settings, limits=free, shifts_bytes=load.shifts_bytes)
+
+    def solos(self, least_batch: int) -> list[Candidate]:
+        """The model on each GPU alone, with at least stock's batch where that fits too."""
+        found = []
+        for gpu, name in enumerate(gpu_names(self.rig)):
+            placement = solo(gpu, n_gpus=len(self.rig.gpus), n_layers=self.profile.n_layers)
+            settings = settings_on(self.profile, self.rig, self.request, (gpu,))
+            candidate = self.candidate(f"all on {name}", placement, settings)
+            if settings.batch < least_batch and self.request.num_batch is None:
+                larger = self.candidate(candidate.label, placement, replace(settings, batch=least_batch, ubatch=least_batch))
+                candidate = larger if self.holds(larger) else candidate
+            found.append(candidate)
+        return found
+
+    def boosted(self, gpus: Sequence[int], settings: LoadSettings, boosts: Iterable[float] = BOOSTS) -> Iterator[Candidate]:
+        """The boost algorithm's layouts on ``gpus``, with the memory model's reserve in place of its own."""
+        costs = layer_costs(self.profile, settings)
+        first, middle, last = self._buffers(self.sizes(settings), len(gpus), partial=False)
+        buffer = max(first, middle, last)
+        reserves = [self.rig.gpus[i].free_bytes - self.limits[i] + self.request.runtime_bytes + buffer for i in gpus]
+        for boost in boosts:
+            layout = create_layout(costs, [self.rig.gpus[i] for i in gpus], boost=boost, reserves_bytes=reserves)
+            yield self.candidate(f"boost {boost:g}", _on_rig(layout.placement, gpus, len(self.rig.gpus)), settings)
+
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether every GPU holds it, and the host's RAM what stays there."""
+        free = self.rig.host.free_bytes
+        in_ram = candidate.placement.kind in ("partial", "cpu")
+        return candidate.fits and not (in_ram and free is not None and candidate.memory.host.total_bytes > free)
+
+    def best_split(
+        self, gpus: Sequence[int], settings: LoadSettings, *, partial: bool = False, cpu_experts: int = 0
+    ) -> Candidate | None:
+        """The split over ``gpus`` with the fastest decode that fits; ``None`` where none does.
+
+        ``partial``: the lowest layers may stay in RAM. ``cpu_experts``: the experts of so many layers, the lowest, stay there.
+        The compute buffers of each round are those of the round before.
+        """
+        sizes, work = self.sizes(settings), self.work(settings)
+        first, middle, last = self._buffers(sizes, len(gpus), partial=partial, experts=bool(cpu_experts))
+        extra = dict.fromkeys(gpus, 0)
+        best: Candidate | None = None
+        seen: set[Placement] = set()
+        for _ in range(ROUNDS):
+            problem = _Problem(
+                held=_less_experts(sizes.held_prefix, sizes.experts_prefix, cpu_experts),
+                read=_less_experts(work.read_prefix, (0.0, *accumulate(work.expert_bytes)), cpu_experts),
+                inverse={gpu: 1 / self.rates[gpu].decode_bytes_per_s for gpu in gpus},
+                rooms={gpu: self.limits[gpu] - self.request.runtime_bytes - extra[gpu] for gpu in gpus},
+                buffers=(first, middle, last),
+                output_held=sizes.output_bytes,
+                output_read=work.output_bytes,
+                host_inverse=1 / self.host.decode_bytes_per_s if partial else None,
+            )
+            counts = problem.solve()
+            if counts is None:
+                break
+            placement = self._placement(counts, cpu_experts)
+            if placement in seen:
+                break
+            seen.add(placement)
+            found = self.candidate(self._label(placement), placement, settings)
+            if self.holds(found) and (best is None or found.decode_tokens_per_s > best.decode_tokens_per_s):
+                best = found
+            for gpu in placement.order:
+                over = found.memory.devices[gpu].compute_bytes - problem.buffer(gpu, placement.order)
+                if found.memory.devices[gpu].total_bytes > self.limits[gpu] or over < extra[gpu]:
+                    extra[gpu] = over
+        return best
+
+    def splits(self, gpus: Sequence[int], settings: LoadSettings, *, full: bool) -> Iterator[Candidate]:
+        """The best splits over ``gpus``: all on them, or (not ``full``) with a rest in RAM, whole layers or experts."""
+        if full:
+            if len(gpus) > 1 and (best := self.best_split(gpus, settings)):
+                yield best
+            return
+        if partial := self.best_split(gpus, settings, partial=True):
+            yield partial
+        if self.profile.expert_count:
+            yield from self._expert_splits(gpus, settings)
+
+    def _expert_splits(self, gpus: Sequence[int], settings: LoadSettings) -> Iterator[Candidate]:
+        """Experts of as few layers as possible in RAM: more never read faster, except where that frees a faster GPU."""
+        low, high = 0, self.profile.n_layers
+        found = {high: self.best_split(gpus, settings, cpu_experts=high)}
+        if found[high] is None:
+            return
+        while high - low > 1:
+            middle = (low + high) // 2
+            found[middle] = self.best_split(gpus, settings, cpu_experts=middle)
+            low, high = (low, middle) if found[middle] else (middle, high)
+        for count in range(high, min(high + SLACK_LAYERS, self.profile.n_layers) + 1):
+            candidate = found.get(count) or self.best_split(gpus, settings, cpu_experts=count)
+            if candidate:
+                yield candidate
+
+    def _placement(self, split: _Split, cpu_experts: int) -> Placement:
+        layers = [0] * len(self.rig.gpus)
+        for gpu, count in split.counts:
+            layers[gpu] = count
+        output = split.counts[-1][0]
+        order = tuple(gpu for gpu, count in split.counts if count or gpu == output)
+        return Placement(
+            layers=tuple(layers),
+            order=order,
+            output_gpu=output,
+            cpu_layers=self.profile.n_layers - sum(layers),
+            cpu_experts=frozenset(range(cpu_experts)),
+        )
+
+    def _label(self, placement: Placement) -> str:
+        names = gpu_names(self.rig)
+        text = " + ".join(f"{placement.shares[gpu]} on {names[gpu]}" for gpu in placement.order)
+        text += f" + {placement.cpu_layers} in RAM" if placement.cpu_layers else ""
+        return text + (f", experts of {len(placement.cpu_experts)} layers in RAM" if placement.cpu_experts else "")
+
+    def _buffers(self, sizes: Sizes, n_gpus: int, *, partial: bool, experts: bool = False) -> tuple[int, int, int]:
+        """Compute buffers of the first, a middle and the last device, of a sample placement over up to three devices."""
+        n = sizes.n_layers
+        used = min(n_gpus, 3)
+        in_ram = n // (used + 1) if partial else 0
+        counts = [(n - in_ram) // used + (i < (n - in_ram) % used) for i in range(used)]
+        order = tuple(i for i, count in enumerate(counts) if count or i == used - 1)
+        sample = Placement(
+            layers=tuple(counts),
+            order=order,
+            output_gpu=order[-1],
+            cpu_layers=in_ram,
+            cpu_experts=frozenset(range(n // 2)) if experts else frozenset(),
+        )
+        buffers = sizes.compute_bytes(sample)
+        return buffers[0], buffers[len(buffers) // 2], buffers[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """Layers of each device, lowest layers first; the last has the output layer."""
+
+    seconds: float
+    counts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Problem:
+    """Where to cut the layers. ``held`` and ``read`` are prefix sums in bytes; ``inverse`` is in seconds per byte."""
+
+    held: Sequence[int]
+    read: Sequence[float]
+    inverse: dict[int, float]
+    rooms: dict[int, int]
+    buffers: tuple[int, int, int]
+    output_held: int
+    output_read: int
+    host_inverse: float | None
+
+    def solve(self) -> _Split | None:
+        """The fastest split over every order that is looked at; ``None`` where nothing fits."""
+        exact = len(self.rooms) <= EXACT_GPUS
+        found = (self._best_cuts(order, None if exact else SLACK_LAYERS) for order in self._orders(exact))
+        return min((split for split in found if split), key=lambda split: (split.seconds, split.counts), default=None)
+
+    def _orders(self, exact: bool) -> Iterator[tuple[int, ...]]:
+        ranked = sorted(self.rooms, key=lambda gpu: (-self.inverse[gpu], self.rooms[gpu], -gpu))
+        if exact:
+            yield from permutations(ranked)
+        else:
+            for gpu in reversed(ranked):
+                yield (*(other for other in ranked if other != gpu), gpu)
+
+    def buffer(self, gpu: int, order: Sequence[int]) -> int:
+        """The compute buffer that ``gpu`` is taken to have in ``order``."""
+        first, middle, last = self.buffers
+        return last if gpu == order[-1] else first if gpu == order[0] else middle
+
+    def _best_cuts(self, order: tuple[int, ...], slack: int | None) -> _Split | None:
+        held, read, last = self.held, self.read, len(order) - 1
+        states: dict[int, tuple[float, tuple[int, ...]]] = {len(held) - 1: (0.0, ())}
+        for position in range(last, -1, -1):
+            gpu = order[position]
+            room = self.rooms[gpu] - self.buffer(gpu, order) - (self.output_held if position == last else 0)
+            if position == last and room < 0:
+                return None
+            fixed = self.output_read * self.inverse[gpu] if position == last else HOP_SECONDS
+            inverse = self.inverse[gpu]
+            following: dict[int, tuple[float, tuple[int, ...]]] = {}
+            for end, (seconds, counts) in states.items():
+                lowest = bisect_left(held, held[end] - room, 0, end) if room > 0 else end
+                for start in self._starts(lowest, end, position, slack):
+                    took = end - start
+                    cost = seconds + (read[end] - read[start]) * inverse + (fixed if took or position == last else 0.0)
+                    known = following.get(start)
+                    if known is None or cost < known[0]:
+                        following[start] = (cost, (took, *counts))
+            states = following
+        ends = ((seconds + self._rest(start), start, counts) for start, (seconds, counts) in states.items())
+        best = min((end for end in ends if not end[1] or self.host_inverse is not None), default=None)
+        return _Split(best[0], tuple(zip(order, best[2], strict=True))) if best else None
+
+    def _starts(self, lowest: int, end: int, position: int, slack: int | None) -> Iterable[int]:
+        if position == 0 and self.host_inverse is None:
+            return (0,) if not lowest else ()
+        if slack is None:
+            return range(lowest, end + 1)
+        return (*range(lowest, min(lowest + slack, end - 1) + 1), end)
+
+    def _rest(self, start: int) -> float:
+        return self.read[start] * (self.host_inverse or 0.0) + (HOP_SECONDS if start else 0.0)
+
+
+def _less_experts[Number: (int, float)](  # noqa: E999
+    prefix: Sequence[Number], experts: Sequence[Number], layers: int
+) -> Sequence[Number]:
+    return [value - experts[min(i, layers)] for i, value in enumerate(prefix)]
+
+
+def _on_rig(placement: Placement, gpus: Sequence[int], n_gpus: int) -> Placement:
+    from planner.stock import on_rig
+
+    return on_rig(placement, gpus, n_gpus)
+
+
+def gpu_names(rig: Rig) -> tuple[str, ...]:
+    """Names for people: a card's own, with its index where several cards share it."""
+    names = [gpu.name for gpu in rig.gpus]
+    return tuple(name if names.count(name) == 1 else f"{name} (GPU {i})" for i, name in enumerate(names))

@@ -1,0 +1,52 @@
+"""Bytes of any run of layers at once: prefix sums over weights and caches, and a compute buffer for each role of a device.
+
+``planner.memory`` says exactly what one placement takes; a search that looks at hundreds needs an answer in microseconds. The
+compute buffers are those of the first placement that was asked for with as many devices (``_role``): the winner is always
+measured anew with ``estimate_memory``.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+from planner.cache import cache_bytes
+from planner.memory import estimate_memory
+from planner.placement import Placement
+from planner.profile import ModelProfile
+from planner.settings import LoadSettings
+
+
+class Sizes:
+    """Sizes of ``profile`` loaded with ``settings``. ``held_prefix[i]``: weights and caches of the layers below ``i``, in bytes."""
+
+    def __init__(self, profile: ModelProfile, settings: LoadSettings) -> None:
+        self.profile = profile
+        self.settings = settings
+        self.n_layers = profile.n_layers
+        caches = cache_bytes(profile, settings)
+        self.held_prefix = (0, *accumulate(x.weights_bytes + c for x, c in zip(profile.layers, caches, strict=True)))
+        self.experts_prefix = (0, *accumulate(layer.expert_bytes for layer in profile.layers))
+        self.output_bytes = profile.output_bytes
+
+    def held_bytes(self, start: int, stop: int) -> int:
+        """Weights and caches of the repeating layers from ``start`` up to ``stop``."""
+        return self.held_prefix[stop] - self.held_prefix[start]
+
+    def compute_bytes(self, placement: Placement) -> tuple[int, ...]:
+        """The compute buffer of each device in ``placement.order``."""
+        key = ("compute_bytes", self.settings, *_role(placement))
+        known: tuple[int, ...] | None = self.profile.memo.get(key)
+        if known is None:
+            devices = estimate_memory(self.profile, self.settings, placement).devices
+            known = self.profile.memo[key] = tuple(devices[gpu].compute_bytes for gpu in placement.order)
+        return known
+
+
+def _role(placement: Placement) -> tuple[int, bool, bool, bool]:
+    """What a compute buffer hangs on: devices, layers in RAM, experts in RAM, an output layer on a GPU."""
+    return (
+        len(placement.order),
+        bool(placement.cpu_layers),
+        bool(placement.cpu_experts),
+        placement.output_gpu is not None,
+    )
