@@ -23,13 +23,16 @@ from planner.graph import (
     LATE_OUTPUTS,
     MASK,
     NORMED,
+    OUTPUT_ROWS,
     PER_LAYER,
     POSITIONS,
     RESIDUAL,
+    STATES,
     VALUE_ROTATION,
     WINDOW,
     LayerGraph,
     attends_in_ram,
+    is_mamba,
     rotates,
     rotation_bytes,
     scale_of,
@@ -101,6 +104,7 @@ class ComputeModel:
             NORMED: align(width * tokens * F32),
             PER_LAYER: align(per_layer * tokens * F32),
             POSITIONS: align(tokens * I32),
+            OUTPUT_ROWS: align(self._scale.outputs * I32),
         }
         for offset, cells in ((0, self._scale.cells), (WINDOW, self._scale.window_cells)):
             self._sizes[MASK - offset] = align(cells * tokens * mask_element)
@@ -109,6 +113,9 @@ class ComputeModel:
                 self._sizes[matrix] = align(rotation_bytes(profile, self._scale, matrix))
         self._embedding_bytes = align(width * tokens * F32)
         self._altup = streams > 1
+        self._mamba_layers = [i for i in range(self._n) if is_mamba(profile.layer_tensors[i])]
+        channels = profile.integer("ssm.inner_size") + 2 * profile.integer("ssm.group_count") * profile.integer("ssm.state_size")
+        self._sizes[STATES] = align(max(profile.integer("ssm.conv_kernel") - 1, 0) * channels * self._scale.sequences * F32)
         self._programs: dict[object, _Program] = {}
         self._transitions: dict[object, tuple[State, int, dict[int, int]]] = {}
         self._parts: dict[DevicePart, int] = {}
@@ -157,6 +164,8 @@ class ComputeModel:
         for size in (*self._hoisted(part), *self._streams(part), *self._borrowed(part)):
             for _ in range(part.copies):
                 heap.allocate(size)
+        if part.output and self._profile.architecture in LATE_OUTPUTS and not part.visitors:
+            inputs += (OUTPUT_ROWS,)
         for name in (*arrival, *inputs, *late):
             size = self._embedding_bytes if name == RESIDUAL and part.first else self._sizes[name]
             for copy in range(part.copies):
@@ -165,10 +174,13 @@ class ComputeModel:
                     slots[name] = offset
         if part.first:
             self._run(heap, slots, self._prelude(pinned))
+        mamba = [i for i in self._mamba_layers if i in own]
         readers: dict[int, list[int]] = {}
         for i in everything:
             for name in self._reads(i, visiting=i in part.visitors):
                 readers.setdefault(name, []).append(i)
+        if part.output and self._profile.architecture in LATE_OUTPUTS:
+            readers[OUTPUT_ROWS] = [self._n]
         waiting = set(readers) - {PER_LAYER} if part.visitors else set()
         for i in everything:
             begins = i == everything[0]
@@ -189,6 +201,8 @@ class ComputeModel:
                     host_experts=i in part.host_experts,
                     normed=begins and part.normed and not part.first,
                     brings=tuple(sorted(brings, reverse=True)),
+                    has_states=i in mamba[1:],
+                    fetches_states=i in mamba[:-1],
                     kept=frozenset(kept),
                 ),
             )
@@ -204,7 +218,7 @@ class ComputeModel:
         ``build_rs`` puts a layer's state operations into the graph ahead of the last operations of the Mamba layer before it: where
         that lies on another device, its gate is computed here (from the whole projection), and copied back.
         """
-        mamba = [i for i in range(self._n) if "ssm_in.weight" in self._profile.layer_tensors[i]]
+        mamba = self._mamba_layers
         own = [i for i in mamba if i in part.layers]
         sizes = []
         if own and own[0] != mamba[0] and not part.first:
@@ -241,6 +255,8 @@ class ComputeModel:
         """Inputs of the graph that a layer reads on its device, in order."""
         cache = self._caches[i]
         extra = (PER_LAYER,) if self._sizes[PER_LAYER] else ()
+        if i == self._n - 1 and self._profile.architecture not in LATE_OUTPUTS:
+            extra += (OUTPUT_ROWS,)
         if not cache.attends:
             return extra
         offset = WINDOW if cache.windowed else 0
@@ -309,9 +325,19 @@ class ComputeModel:
         return self._programs[key]
 
     def _layer(
-        self, i: int, *, last: bool, offloaded: bool, host_experts: bool, normed: bool, brings: tuple[int, ...], kept: frozenset[int]
+        self,
+        i: int,
+        *,
+        last: bool,
+        offloaded: bool,
+        host_experts: bool,
+        normed: bool,
+        brings: tuple[int, ...],
+        has_states: bool,
+        fetches_states: bool,
+        kept: frozenset[int],
     ) -> _Program:
-        key = (self._kinds[i], last, offloaded, host_experts, normed, brings, kept)
+        key = (self._kinds[i], last, offloaded, host_experts, normed, brings, has_states, fetches_states, kept)
         if key in self._programs:
             return self._programs[key]
         graph = LayerGraph(
@@ -324,6 +350,8 @@ class ComputeModel:
             host_experts=host_experts,
             normed=normed,
             brings={name: self._sizes[name] for name in brings},
+            has_states=has_states,
+            fetches_states=fetches_states,
         )
         return self._program(key, graph.tape, {RESIDUAL: graph.result, **graph.brought}, kept)
 
@@ -348,7 +376,7 @@ class ComputeModel:
         else:
             if late:
                 exports[NORMED] = x
-                x = tape.op(width * scale.outputs * F32, x)
+                x = tape.op(width * scale.outputs * F32, x, OUTPUT_ROWS)
             exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
         return self._program(key, tape, exports, frozenset((MASK, MASK - WINDOW)))
 

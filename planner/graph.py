@@ -21,12 +21,12 @@ from planner.tape import Tape
 F32, F16, I32, I64 = 4, 2, 4, 8
 """Bytes of an element."""
 
-RESIDUAL, NORMED, PER_LAYER, POSITIONS, MASK, INDICES, KEY_ROTATION, VALUE_ROTATION = range(-1, -9, -1)
+RESIDUAL, NORMED, PER_LAYER, POSITIONS, MASK, INDICES, KEY_ROTATION, VALUE_ROTATION, OUTPUT_ROWS, STATES = range(-1, -11, -1)
 """What lives when a layer begins: its input; that input normed, where the device before did that; per-layer embeddings; the
-tokens' positions; the attention mask; the cells that are written; matrices that rotate keys and values. All but the first three
-and the mask are small, but lie where larger holes could join."""
+tokens' positions; the attention mask; the cells that are written; matrices that rotate keys and values; the rows of the output; the
+convolution states of the next Mamba layer, fetched early. All but the first three and the mask are small, but lie where larger holes could join."""
 
-WINDOW = 10
+WINDOW = 20
 """Layers with a window have a cache, a mask and matrices of their own: their names are lower by this."""
 
 
@@ -70,6 +70,7 @@ class LayerGraph:
     * ``offloaded``: the layer lies in RAM; its weights and its cache are copied over as they are needed (``op_offload``).
     * ``host_experts``: only the routed experts lie in RAM.
     * ``normed``: the first norm came from the device before.
+    * ``has_states``, ``fetches_states``: of Mamba layers, whose states the Mamba layer before fetches.
     * ``brings``: bytes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
     """
 
@@ -85,6 +86,8 @@ class LayerGraph:
         host_experts: bool = False,
         normed: bool = False,
         brings: Mapping[int, int] | None = None,
+        has_states: bool = False,
+        fetches_states: bool = False,
     ) -> None:
         self.tape = Tape()
         self._profile = profile
@@ -102,6 +105,8 @@ class LayerGraph:
         self._key_rotation, self._value_rotation = KEY_ROTATION - offset, VALUE_ROTATION - offset
         self._brings = dict(brings or {})
         self.brought: dict[int, int] = {}
+        self._has_states = has_states
+        self._fetches_states = fetches_states
         self.result = self._layer(last=last, normed=normed)
         for name in tuple(self._brings):
             self._bring(name)
@@ -152,7 +157,7 @@ class LayerGraph:
 
     def _brought_with(self, name: str) -> tuple[int, ...]:
         """Small inputs that are copied along with a weight, because the part of the graph that begins with it reads them."""
-        queries = (POSITIONS, self._key_rotation) if name in ("attn_q", "attn_q_b", "attn_qkv") else ()
+        queries = () if self._has("attn_k_b") else (POSITIONS, self._key_rotation) if name in ("attn_q", "attn_qkv") else ()
         return queries + ((self._value_rotation,) if name in ("attn_v", "attn_qkv") else ())
 
     def _rotation(self, matrix: int) -> int:
@@ -325,7 +330,9 @@ class LayerGraph:
             q = self._project("attn_q_b", self._norm(self._project("attn_q_a", x), self._out("attn_q_a")))
         else:
             q = self._project("attn_q", x)
-        absorbed = self._op(heads * rank, q, *self._copied("attn_k_b.weight"))
+        weight = self._copied("attn_k_b.weight")
+        self._bring(POSITIONS)
+        absorbed = self._op(heads * rank, q, *weight)
         position = self._op(heads * rope, q, self.brought.get(POSITIONS, POSITIONS))
         query = self._op(heads * self._cache.key_elements, absorbed, position)
         compressed = self._project("attn_kv_a_mqa", x)
@@ -364,9 +371,13 @@ class LayerGraph:
 
     def _convolution(self, x: int, channels: int, taps: int) -> int:
         """The last states before the tokens, transposed, then ``ggml_ssm_conv``."""
-        states = self._state((taps - 1) * channels)
+        states = STATES if self._has_states else self._state((taps - 1) * channels)
         joined = self.tape.op((self._tokens + (taps - 1) * self._scale.sequences) * channels * F32, states, x)
         return self._in_place(self._op(channels, joined))
+
+    def _fetch_states(self, channels: int) -> None:
+        if self._fetches_states:
+            self.brought[STATES] = self._state((self._profile.integer("ssm.conv_kernel") - 1) * channels)
 
     def _delta_net(self, x: int) -> int:
         """Gated delta net (``src/models/qwen3next.cpp``, ``qwen35.cpp``, ``delta-net-base.cpp``), fused on CUDA."""
@@ -402,6 +413,7 @@ class LayerGraph:
         convolved = self._convolution(zxbcdt, channels, profile.integer("ssm.conv_kernel"))
         step = self._in_place(self._op(heads, zxbcdt))
         scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, step)
+        self._fetch_states(channels)
         z = self._op(inner, zxbcdt)
         scaled = self._op(inner, convolved)
         y = self._in_place(scaled, scan)
@@ -419,6 +431,7 @@ class LayerGraph:
         b_c_dt = self._project("ssm_x", convolved)
         step = self._project("ssm_dt", b_c_dt)
         scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, b_c_dt, step)
+        self._fetch_states(inner)
         z = self._op(inner, xz)
         y = self._in_place(self._op(inner, convolved), scan)
         y = self._op(inner, z, y)
@@ -587,7 +600,8 @@ class LayerGraph:
     def _crop(self, cur: int, x: int) -> tuple[int, int]:
         """``inp_out_ids``: go on with the tokens whose logits are wanted."""
         self._tokens = self._scale.outputs
-        return self._op(self._width, cur), self._op(self._width, x)
+        rows = self._bring(OUTPUT_ROWS)
+        return self._op(self._width, cur, rows), self._op(self._width, x, rows)
 
     def _ffn(self, x: int) -> int:
         if self._has("ffn_gate_inp"):
@@ -693,9 +707,14 @@ def rotation_bytes(profile: ModelProfile, scale: Scale, matrix: int) -> int:
     return rows * rows * F32
 
 
+def is_mamba(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a layer is one of ``llm_build_mamba_base``."""
+    return "ssm_in.weight" in tensors and not any(name.startswith(("ssm_ba", "ssm_beta", "ssm_alpha")) for name in tensors)
+
+
 def attends_in_ram(profile: ModelProfile, index: int) -> bool:
     """Attention over a cache in RAM runs on the CPU where the states of a later Mamba layer are fetched right behind it."""
-    last = max((i for i, tensors in enumerate(profile.layer_tensors) if "ssm_in.weight" in tensors), default=0)
+    last = max((i for i, tensors in enumerate(profile.layer_tensors) if is_mamba(tensors)), default=0)
     return index < last
 
 

@@ -19,8 +19,8 @@ from itertools import accumulate, permutations
 from planner.costs import layer_costs
 from planner.hardware import Rig
 from planner.layout import create_layout
-from planner.memory import MemoryEstimate, estimate_memory
-from planner.placement import Placement, on_cpu, solo
+from planner.memory import estimate_memory
+from planner.placement import Placement, solo
 from planner.profile import ModelProfile
 from planner.request import Candidate, Objective, PlanRequest
 from planner.settings import LoadSettings
@@ -35,7 +35,7 @@ from planner.speed import (
     model_work,
     prefill_seconds,
 )
-from planner.stock import GIB, StockLoad, settings_on
+from planner.stock import StockLoad, on_rig, settings_on
 
 NEVER_WORSE_GAIN = 0.02
 """How much faster than stock a plan must be predicted to be taken, a pure number: the model's own error on measured splits is 4 %."""
@@ -57,14 +57,6 @@ SLACK_LAYERS = 2
 
 ROUNDS = 4
 """How often a split is searched again with the compute buffers that the last one turned out to have."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """What the search saw: candidates that fit, the best first, and those that would have been but do not fit."""
-
-    candidates: tuple[Candidate, ...]
-    too_large: tuple[Candidate, ...]
 
 
 class Search:
@@ -115,8 +107,7 @@ class Search:
             memory=memory,
             limits=self.limits if limits is None else limits,
             decode_tokens_per_s=1 / decode_seconds(work, placement, self.rates, self.host),
-            prefill_tokens_per_s=PROMPT_TOKENS
-            / prefill_seconds(work, placement, self.rates, self.host, ubatch=settings.ubatch),
+            prefill_tokens_per_s=PROMPT_TOKENS / prefill_seconds(work, placement, self.rates, self.host, ubatch=settings.ubatch),
             calibrated=bool(placement.order) and all(self.rates[gpu].source == "calibrated" for gpu in placement.order),
         )
 
@@ -146,7 +137,7 @@ class Search:
         reserves = [self.rig.gpus[i].free_bytes - self.limits[i] + self.request.runtime_bytes + buffer for i in gpus]
         for boost in boosts:
             layout = create_layout(costs, [self.rig.gpus[i] for i in gpus], boost=boost, reserves_bytes=reserves)
-            yield self.candidate(f"boost {boost:g}", _on_rig(layout.placement, gpus, len(self.rig.gpus)), settings)
+            yield self.candidate(f"boost {boost:g}", on_rig(layout.placement, gpus, len(self.rig.gpus)), settings)
 
     def holds(self, candidate: Candidate) -> bool:
         """Whether every GPU holds it, and the host's RAM what stays there."""
@@ -270,7 +261,7 @@ class _Split:
 class _Problem:
     """Where to cut the layers. ``held`` and ``read`` are prefix sums in bytes; ``inverse`` is in seconds per byte."""
 
-    held: Sequence[int]
+    held: Sequence[float]
     read: Sequence[float]
     inverse: dict[int, float]
     rooms: dict[int, int]
@@ -333,19 +324,48 @@ class _Problem:
         return self.read[start] * (self.host_inverse or 0.0) + (HOP_SECONDS if start else 0.0)
 
 
-def _less_experts[Number: (int, float)](  # noqa: E999
-    prefix: Sequence[Number], experts: Sequence[Number], layers: int
-) -> Sequence[Number]:
-    return [value - experts[min(i, layers)] for i, value in enumerate(prefix)]
-
-
-def _on_rig(placement: Placement, gpus: Sequence[int], n_gpus: int) -> Placement:
-    from planner.stock import on_rig
-
-    return on_rig(placement, gpus, n_gpus)
+def _less_experts(prefix: Sequence[float], experts: Sequence[float], layers: int) -> Sequence[float]:
+    """Prefix sums without the experts of the ``layers`` lowest layers."""
+    return [value - experts[min(i, layers)] for i, value in enumerate(prefix)] if layers else prefix
 
 
 def gpu_names(rig: Rig) -> tuple[str, ...]:
     """Names for people: a card's own, with its index where several cards share it."""
     names = [gpu.name for gpu in rig.gpus]
     return tuple(name if names.count(name) == 1 else f"{name} (GPU {i})" for i, name in enumerate(names))
+
+
+def score(candidate: Candidate, objective: Objective) -> float:
+    """What the objective wants more of: tokens/s of decode or prefill, or of a whole turn (``BALANCED_TURN``)."""
+    if objective == "decode":
+        return candidate.decode_tokens_per_s
+    if objective == "prefill":
+        return candidate.prefill_tokens_per_s
+    prompt, answer = BALANCED_TURN
+    return (prompt + answer) / (prompt / candidate.prefill_tokens_per_s + answer / candidate.decode_tokens_per_s)
+
+
+def ranked(candidates: Iterable[Candidate], objective: Objective) -> tuple[Candidate, ...]:
+    """The best first. Within ``TIE`` of the best: fewer GPUs, then the faster prefill, then the order given."""
+    rest = sorted(candidates, key=lambda candidate: -score(candidate, objective))
+    order: list[Candidate] = []
+    while rest:
+        best = score(rest[0], objective)
+        tied = [candidate for candidate in rest if score(candidate, objective) >= best * (1 - TIE)]
+        order += sorted(tied, key=lambda candidate: (len(candidate.placement.order), -candidate.prefill_tokens_per_s))
+        rest = rest[len(tied) :]
+    return tuple(order)
+
+
+def choose(candidates: Iterable[Candidate], stock: Candidate, objective: Objective) -> Candidate:
+    """The best of ``candidates``, or ``stock`` itself where none is worth leaving it.
+
+    Stock stays unless the best scores ``NEVER_WORSE_GAIN`` more, and unless it decodes or prefills faster. A stock that does not
+    fit (the load would fail) is left for any candidate.
+    """
+    best = next(iter(ranked(candidates, objective)), None)
+    if best is None or not stock.fits:
+        return best or stock
+    gains = score(best, objective) >= score(stock, objective) * (1 + NEVER_WORSE_GAIN)
+    slower = best.decode_tokens_per_s <= stock.decode_tokens_per_s and best.prefill_tokens_per_s < stock.prefill_tokens_per_s
+    return best if gains and not slower else stock

@@ -151,7 +151,7 @@ def stock_load(profile: ModelProfile, rig: Rig, request: PlanRequest) -> StockLo
 
 def select_gpus(profile: ModelProfile, rig: Rig, request: PlanRequest) -> tuple[tuple[int, ...], bool]:
     """The GPUs that a load gets, in the rig's order, and whether it is one on purpose: ``selectLlamaServerPlacement``."""
-    groups = _libraries(rig)
+    groups = libraries(rig)
     if len(rig.gpus) <= 1:
         return tuple(range(len(rig.gpus))), request.main_gpu is not None
     available = [available_bytes(rig, (i,)) for i in range(len(rig.gpus))]
@@ -171,7 +171,8 @@ def select_gpus(profile: ModelProfile, rig: Rig, request: PlanRequest) -> tuple[
     return _best_group(rig, groups), False
 
 
-def _libraries(rig: Rig) -> list[tuple[int, ...]]:
+def libraries(rig: Rig) -> list[tuple[int, ...]]:
+    """The GPUs of each library (CUDA, ROCm, …), in the order in which Ollama finds them."""
     names = dict.fromkeys(gpu.library for gpu in rig.gpus)
     return [tuple(i for i, gpu in enumerate(rig.gpus) if gpu.library == name) for name in names]
 
@@ -219,7 +220,7 @@ def _runner_load(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Stock
     costs = layer_costs(profile, settings).all_bytes
     sizes = Sizes(profile, settings)
     requested = request.num_gpu if request.num_gpu is not None and request.num_gpu > 0 else None
-    gpus = _best_group(rig, _libraries(rig))
+    gpus = _best_group(rig, libraries(rig))
     graphs = [0] * len(rig.gpus)
     placement = on_cpu(n_gpus=len(rig.gpus), n_layers=profile.n_layers)
     for _ in range(3):  # stock repeats the fit with the graphs that the last round has measured
