@@ -68,7 +68,8 @@ class Exchange:
         """A runner for as long as ``stack`` is open. Raises ``RequestError`` where options are wrong or the load fails."""
         keep_alive_s = keep_alive(body)
         try:
-            return await self.stack.enter_async_context(self.simulator.lease(model, body.get("options"), keep_alive_s))
+            lease = self.simulator.lease(model, body.get("options"), keep_alive_s, shift=body.get("shift") is not False)
+            return await self.stack.enter_async_context(lease)
         except (OptionError, LoadError) as problem:
             raise RequestError(500, str(problem)) from None
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.plan import Era
+from planner.request import Era
 
 _TYPES = (
     dict.fromkeys(
@@ -62,10 +62,12 @@ class RunnerOptions:
     num_thread: int | None = None
     draft_num_predict: int | None = None
     tensor_split: str | None = None
+    shift: bool = True
+    """Not an option but a field of the request; it became a flag of the runner's with 0.30."""
 
     def for_era(self, era: Era) -> RunnerOptions:
         """As the era's struct holds them: before 0.30 ``main_gpu`` was a plain integer, so absent is 0."""
-        return replace(self, main_gpu=self.main_gpu or 0) if era == "runner" else self
+        return replace(self, main_gpu=self.main_gpu or 0, shift=True) if era == "runner" else self
 
 
 def parse_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def parse_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
-def runner_options(options: Mapping[str, Any], *, era: Era, tensor_split: str | None = None) -> RunnerOptions:
+def runner_options(options: Mapping[str, Any], *, era: Era, tensor_split: str | None = None, shift: bool = True) -> RunnerOptions:
     """The part of parsed ``options`` that a load depends on."""
     return RunnerOptions(
         num_ctx=max(options["num_ctx"], 4) if "num_ctx" in options else None,  # ``Scheduler.GetRunner``: at least 4
@@ -102,6 +104,7 @@ def runner_options(options: Mapping[str, Any], *, era: Era, tensor_split: str | 
         num_thread=options.get("num_thread"),
         draft_num_predict=options.get("draft_num_predict"),
         tensor_split=tensor_split,
+        shift=shift,
     ).for_era(era)
 
 

@@ -5,18 +5,29 @@ The rules are ``planner.stock``'s; here they meet a request's options and the se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from planner.autofit import contiguous, split_by_memory
 from planner.hardware import Rig
-from planner.memory import LoadSettings, MemoryEstimate, estimate_memory
-from planner.placement import Placement, on_cpu, solo
-from planner.plan import Era
+from planner.memory import DeviceMemory, MemoryEstimate, estimate_memory
+from planner.placement import Placement
 from planner.profile import ModelProfile
+from planner.request import RUNTIME_BYTES, Era, PlanRequest
+from planner.settings import LoadSettings
+from planner.speed import predict_speed
+from planner.stock import (
+    CONTEXT_TIERS,
+    SOLO_PERCENT,
+    StockLoad,
+    available_bytes,
+    effective_settings,
+    predict_server_vram,
+    stock_load,
+)
+from proxy.gguf import is_embedding
 from proxy.simulator.options import DEFAULT_KEEP_ALIVE_S, RunnerOptions
 
 GIB = 2**30
-CONTEXT_TIERS = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))
-"""Total VRAM in bytes, from which on a request without ``num_ctx`` gets so many tokens (``routes.go``)."""
 
 
 class LoadError(Exception):
@@ -50,6 +61,8 @@ class Load:
     prefill_tokens_per_s: float
     wants_more_room: bool
     num_gpu: int
+    visible: tuple[int, ...]
+    """The cards that the runner sees, in the order in which it numbers them."""
 
     @property
     def vram_bytes(self) -> int:
@@ -64,10 +77,12 @@ class Load:
     def refusal(self, rig: Rig, environment: Environment) -> str | None:
         """The error of this load on ``rig`` as it is now, ``None`` where it fits."""
         for index, (device, gpu) in enumerate(zip(self.memory.devices, rig.gpus, strict=True)):
-            if device.total_bytes > gpu.free_bytes:
-                if environment.era == "runner":
-                    return f"memory layout cannot be allocated with num_gpu = {self.num_gpu}"
-                return _cuda_out_of_memory(0 if len(self.placement.order) == 1 else index, self.memory, index, gpu.free_bytes)
+            if device.total_bytes <= gpu.free_bytes:
+                continue
+            if environment.era == "llama-server":
+                return _cuda_out_of_memory(self.visible.index(index), device, gpu.free_bytes)
+            if self.num_gpu > 0:  # without it the older era takes fewer layers until they fit
+                return f"memory layout cannot be allocated with num_gpu = {self.num_gpu}"
         host = self.memory.host
         if self.placement.cpu_layers and rig.host.free_bytes is not None and host.total_bytes > rig.host.free_bytes:
             return (
@@ -77,83 +92,96 @@ class Load:
         return None
 
 
-def default_num_ctx(profile: ModelProfile, rig: Rig, options: RunnerOptions, environment: Environment) -> int:
-    """Tokens of context: the request's, else the environment's, else by total VRAM; never more than the model was trained for."""
-    total = sum(gpu.total_bytes for gpu in rig.gpus)
-    automatic = next(tokens for least, tokens in CONTEXT_TIERS if total >= least)
-    wanted = options.num_ctx or environment.context_length or automatic
-    return min(wanted, profile.context_train or wanted)
+def wanted_num_ctx(profile: ModelProfile, rig: Rig, options: RunnerOptions, environment: Environment) -> int:
+    """Tokens of context that ``options`` mean: the request's, the environment's or the default, within the trained context."""
+    return effective_settings(profile, rig, _plan_request(profile, options, environment)).num_ctx
 
 
 def smaller_num_ctx(num_ctx: int) -> int | None:
-    """The tier below ``num_ctx`` (``nextLowerAutoNumCtx``), ``None`` at the lowest."""
+    """The tier below ``num_ctx`` (``nextLowerAutoNumCtx``), ``None`` at the lowest; only the two lower tiers are tried."""
     return next((tokens for _, tokens in CONTEXT_TIERS[1:] if tokens < num_ctx), None)
 
 
 def choose_load(profile: ModelProfile, rig: Rig, options: RunnerOptions, environment: Environment, *, num_ctx: int) -> Load:
-    """Stock's load of ``profile`` on ``rig`` with ``num_ctx`` tokens."""
-    settings = LoadSettings(num_ctx=num_ctx, parallel=environment.num_parallel)
-    n = len(rig.gpus)
-    predicted = _predicted(profile, settings)
-    if options.num_gpu == 0 or not n:
-        placement = on_cpu(n_gpus=n, n_layers=profile.n_layers)
-    elif environment.honours_tensor_split and options.tensor_split:
-        weights = [float(x) for x in options.tensor_split.split(",")]
-        placement = _proportional(profile, weights)
-    elif environment.era == "llama-server" and options.main_gpu is not None and options.main_gpu < n:
-        placement = solo(options.main_gpu, n_gpus=n, n_layers=profile.n_layers)
-    else:
-        threshold = 0.8 if environment.era == "llama-server" else 0.97
-        fitting = [i for i, gpu in enumerate(rig.gpus) if predicted <= threshold * gpu.free_bytes]
-        if fitting and not environment.sched_spread:
-            placement = solo(max(fitting, key=lambda i: rig.gpus[i].free_bytes), n_gpus=n, n_layers=profile.n_layers)
-        else:
-            placement = _proportional(profile, [gpu.free_bytes for gpu in rig.gpus])
-    memory = estimate_memory(profile, settings, placement, runtime_bytes=[457 * 2**20] * n)
-    free = sum(rig.gpus[i].free_bytes for i in placement.order)
-    seconds = sum(d.weights_bytes / (g.bandwidth_bytes_per_s or 1) for d, g in zip(memory.devices, rig.gpus, strict=True))
-    partial = 0 < options.num_gpu < profile.n_layers + 1
+    """Stock's load of ``profile`` on ``rig`` with ``num_ctx`` tokens. Raises ``LoadError`` where a fork refuses a split."""
+    request = replace(_plan_request(profile, options, environment), num_ctx=num_ctx)
+    stock = stock_load(profile, rig, request)
+    placement, visible = stock.placement, stock.gpus
+    if environment.honours_tensor_split and options.tensor_split and placement.order:
+        placement = split_by_weights(profile, options.tensor_split, n_gpus=len(rig.gpus))
+        visible = tuple(range(len(rig.gpus)))
+    memory = estimate_memory(profile, stock.settings, placement, runtime_bytes=[request.runtime_bytes] * len(rig.gpus))
+    speed = predict_speed(profile, rig, stock.settings, placement)
     return Load(
         placement=placement,
-        settings=settings,
+        settings=stock.settings,
         memory=memory,
-        decode_tokens_per_s=0.7 / seconds if seconds else 5.0,
-        prefill_tokens_per_s=20 / seconds if seconds else 50.0,
-        wants_more_room=bool(placement.order) and not partial and predicted > 0.8 * free,
+        decode_tokens_per_s=speed.decode_tokens_per_s,
+        prefill_tokens_per_s=speed.prefill_tokens_per_s,
+        wants_more_room=_wants_more_room(profile, rig, stock, request),
         num_gpu=options.num_gpu,
+        visible=visible,
     )
 
 
-def _predicted(profile: ModelProfile, settings: LoadSettings) -> int:
-    heads = max(profile.integer("attention.head_count"), 1)
-    kv_heads = min(profile.per_layer("attention.head_count_kv", heads), default=heads)
-    return profile.file_bytes + 4 * profile.n_layers * kv_heads * (profile.embedding_length // heads) * settings.total_ctx
+def _plan_request(profile: ModelProfile, options: RunnerOptions, environment: Environment) -> PlanRequest:
+    return PlanRequest(
+        num_ctx=options.num_ctx or environment.context_length,
+        num_batch=options.num_batch,
+        num_gpu=options.num_gpu if options.num_gpu >= 0 else None,
+        main_gpu=options.main_gpu if environment.era == "llama-server" else None,
+        parallel=environment.num_parallel,
+        kv_type_k=environment.kv_cache_type,
+        kv_type_v=environment.kv_cache_type,
+        flash_attention=environment.flash_attention,
+        embedding=is_embedding(profile.metadata),
+        spread=environment.sched_spread,
+        gpu_overhead_bytes=environment.gpu_overhead_bytes,
+        era=environment.era,
+        runtime_bytes=RUNTIME_BYTES,
+    )
 
 
-def _proportional(profile: ModelProfile, weights: list[float] | list[int]) -> Placement:
-    total, layers, used = sum(weights), [], 0.0
-    n = profile.n_layers + 1
-    for weight in weights:
-        before = round(used / total * n)
-        used += weight
-        layers.append(round(used / total * n) - before)
-    last = max(i for i, count in enumerate(layers) if count)
-    layers[last] -= 1
-    order = tuple(i for i, count in enumerate(layers) if count or i == last)
-    return Placement(layers=tuple(layers), order=order, output_gpu=last)
+def split_by_weights(profile: ModelProfile, tensor_split: str, *, n_gpus: int) -> Placement:
+    """What a fork makes of ``tensor_split: "70,30"``: all layers on the cards, in those proportions. Raises ``LoadError``."""
+    try:
+        weights = [int(float(part) * 1000) for part in tensor_split.split(",")]
+    except ValueError:
+        raise LoadError(f'invalid tensor_split "{tensor_split}"') from None
+    if len(weights) > n_gpus or min(weights) < 0 or not any(weights):
+        raise LoadError(f'invalid tensor_split "{tensor_split}" for {n_gpus} GPUs')
+    counts = split_by_memory(profile.n_layers + 1, [*weights, *[0] * (n_gpus - len(weights))])
+    return contiguous(counts, profile.n_layers)
 
 
-def _cuda_out_of_memory(shown: int, memory: MemoryEstimate, index: int, free_bytes: int) -> str:
-    """llama-server's last lines, by what it was allocating when the card was full: weights, then cache, then compute buffer."""
-    device = memory.devices[index]
-    name = f"CUDA{shown}"
-    start = "llama-server process has terminated: exit status 1: "
-    if device.runtime_bytes + device.weights_bytes > free_bytes:
-        return (
-            f"{start}cudaMalloc failed: out of memory\n"
-            f"alloc_tensor_range: failed to allocate {name} buffer of size {device.weights_bytes}\n"
-            f"llama_model_load: error loading model: unable to allocate {name} buffer"
-        )
-    size = device.kv_bytes if device.total_bytes - device.compute_bytes > free_bytes else device.compute_bytes
-    source = "alloc_tensor_range" if size == device.kv_bytes else "ggml_gallocr_reserve_n_impl"
-    return f"{start}cudaMalloc failed: out of memory\n{source}: failed to allocate {name} buffer of size {size}"
+def _wants_more_room(profile: ModelProfile, rig: Rig, stock: StockLoad, request: PlanRequest) -> bool:
+    """Whether, with other models loaded, one of them is evicted before this one is started.
+
+    Since 0.30: the predicted bytes are more than 80 % of what is free on the chosen cards, and no part of the layers was asked
+    for (``load`` in ``server/sched.go``). Before: not everything lies on the cards, and nobody asked for that.
+    """
+    if not rig.gpus or request.num_gpu == 0 or 0 < (request.num_gpu or 0) <= profile.n_layers:
+        return False
+    if request.era == "runner":
+        return stock.placement.kind in ("partial", "cpu")
+    predicted = predict_server_vram(profile, stock.settings.total_ctx)
+    return predicted > available_bytes(rig, stock.gpus) * SOLO_PERCENT // 100
+
+
+def _cuda_out_of_memory(number: int, device: DeviceMemory, free_bytes: int) -> str:
+    """llama-server's last lines, by what it was allocating when the card was full: weights, then cache, then compute buffer.
+
+    The last is recorded (Ollama 0.32.15); the others follow llama.cpp's sources.
+    """
+    name = f"CUDA{number}"
+    weights_end = device.runtime_bytes + device.weights_bytes
+    if weights_end > free_bytes:
+        cause, size = "alloc_tensor_range", device.weights_bytes
+    elif weights_end + device.kv_bytes > free_bytes:
+        cause, size = "alloc_tensor_range", device.kv_bytes
+    else:
+        cause, size = "ggml_gallocr_reserve_n_impl", device.compute_bytes
+    return (
+        "llama-server process has terminated: exit status 1: cudaMalloc failed: out of memory\n"
+        f"{cause}: failed to allocate {name} buffer of size {size}"
+    )

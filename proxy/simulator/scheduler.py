@@ -15,7 +15,7 @@ from typing import Literal
 
 from proxy.simulator.gpus import SimulatedGpus
 from proxy.simulator.options import RunnerOptions, needs_reload
-from proxy.simulator.placement import Environment, Load, LoadError, choose_load, default_num_ctx, smaller_num_ctx
+from proxy.simulator.placement import Environment, Load, LoadError, choose_load, smaller_num_ctx, wanted_num_ctx
 from proxy.simulator.store import Model
 
 START_S = 0.6
@@ -123,7 +123,7 @@ class Scheduler:
             runner = None
         reload = False
         if runner:
-            asked_ctx = default_num_ctx(model.profile, self.gpus.rig(), options, self.environment)
+            asked_ctx = wanted_num_ctx(model.profile, self.gpus.rig(), options, self.environment)
             loaded_ctx = runner.load.settings.num_ctx
             if not needs_reload(runner.options, options, loaded_ctx=loaded_ctx, asked_ctx=asked_ctx):
                 return runner, 0.0
@@ -134,8 +134,8 @@ class Scheduler:
         return runner, load_s
 
     async def _load(self, model: Model, options: RunnerOptions) -> tuple[Runner, float]:
-        num_ctx = default_num_ctx(model.profile, self.gpus.rig(), options, self.environment)
-        waited = 0.0
+        num_ctx = wanted_num_ctx(model.profile, self.gpus.rig(), options, self.environment)
+        waited_s = 0.0
         retried = False
         while True:
             limit = self.environment.max_loaded_models or MODELS_PER_GPU * max(len(self.gpus.rig().gpus), 1)
@@ -151,19 +151,20 @@ class Scheduler:
             if error is None:
                 break
             self.history.append(Event(kind="out of memory", model=model.name, load=load))
+            waited_s += START_S
+            await self.sleep(START_S)
             smaller = smaller_num_ctx(num_ctx) if options.num_ctx is None else None
             if retried or self.environment.era == "runner" or (smaller is None and not self._runners):
                 raise LoadError(error)
             retried = True  # once in all: with a smaller automatic context, without the other models
             num_ctx = smaller or num_ctx
-            waited += START_S
             for other in tuple(self._runners.values()):
                 await self._evict(other, "evict")
         loading_s = START_S + sum(device.weights_bytes for device in load.memory.devices) / LOAD_BYTES_PER_S
         held = [device.total_bytes for device in load.memory.devices]
         self.gpus.hold(held)
         try:
-            await self.sleep(waited + loading_s)
+            await self.sleep(loading_s)
         except asyncio.CancelledError:  # "client connection closed before server finished loading, aborting load"
             self._give_back(held)
             self.history.append(Event(kind="abort", model=model.name, load=load))
@@ -176,7 +177,7 @@ class Scheduler:
             slots=asyncio.Semaphore(load.settings.parallel),
         )
         self._runners[model.blob] = runner
-        return runner, waited + loading_s
+        return runner, waited_s + loading_s
 
     def _victim(self) -> Runner:
         """``findRunnerToUnload``: the idle runner with the shortest keep-alive, else the first to become idle."""

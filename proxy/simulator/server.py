@@ -81,13 +81,13 @@ class SimulatorApp:
     ) -> None:
         try:
             if handler is library.blob:
-                self.simulator.requests.append(request)
+                self.simulator.note(request)
                 return await self._answer(handler, request, send, extra, chunks=_chunks(receive))
             request = replace(request, body=b"".join([chunk async for chunk in _chunks(receive)]))
         except ClientLeftError:
             self.simulator.cancelled += 1
             return None
-        self.simulator.requests.append(request)
+        self.simulator.note(request)
         answer = asyncio.create_task(self._answer(handler, request, send, extra), name=f"simulate {request.path}")
         watcher = asyncio.create_task(_left(receive), name="simulator watches its client")
         try:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.hardware import Rig
-from planner.plan import Era
+from planner.request import Era
 from proxy.simulator.gpus import SimulatedGpus
 from proxy.simulator.http import Request
 from proxy.simulator.options import parse_options, runner_options
-from proxy.simulator.placement import Environment, LoadError
+from proxy.simulator.placement import Environment
 from proxy.simulator.replies import Prompt, Speaker, Spoken, cut, speak
 from proxy.simulator.scheduler import Lease, Scheduler
 from proxy.simulator.store import Model, Store
@@ -22,8 +22,8 @@ from proxy.simulator.store import Model, Store
 VERSIONS: dict[Era, str] = {"runner": "0.24.0", "llama-server": "0.32.15"}
 """The version that each era's recordings were made with."""
 REQUESTS_KEPT = 10_000
-
-__all__ = ["Answer", "LoadError", "Simulator"]
+BODIES_KEPT_BYTES = 64 * 2**20
+"""What the bodies of the requests that are kept may take together; the oldest go first."""
 
 
 @dataclass(kw_only=True)
@@ -89,7 +89,8 @@ class Simulator:
         self.scheduler = Scheduler(self.gpus, environment=self.environment, time_scale=time_scale, unload_s=unload_s)
         self.speaker = speaker
         self.blobs: set[str] = set()
-        self.requests: deque[Request] = deque(maxlen=REQUESTS_KEPT)
+        self.requests: deque[Request] = deque()
+        self._kept_bytes = 0
         self.cancelled = 0
         """Requests whose client left before the answer was complete."""
 
@@ -102,16 +103,25 @@ class Simulator:
         """The simulated cards with the memory that is free now: a source of GPUs for the proxy."""
         return self.gpus.rig()
 
+    def note(self, request: Request) -> None:
+        """Keeps ``request`` for those who look it up in ``requests``."""
+        self.requests.append(request)
+        self._kept_bytes += len(request.body)
+        while len(self.requests) > REQUESTS_KEPT or (self._kept_bytes > BODIES_KEPT_BYTES and len(self.requests) > 1):
+            self._kept_bytes -= len(self.requests.popleft().body)
+
     def now_ns(self) -> int:
         """Nanoseconds since 1970."""
         return time.time_ns()
 
     @asynccontextmanager
-    async def lease(self, model: Model, options: Mapping[str, Any] | None, keep_alive_s: float | None) -> AsyncIterator[Lease]:
+    async def lease(
+        self, model: Model, options: Mapping[str, Any] | None, keep_alive_s: float | None, *, shift: bool = True
+    ) -> AsyncIterator[Lease]:
         """A runner for a request with ``options``. Raises ``OptionError`` and ``LoadError``."""
         split = (options or {}).get("tensor_split") if self.environment.honours_tensor_split else None
         parsed = parse_options(model.parameters) | parse_options(options)
-        wanted = runner_options(parsed, era=self.era, tensor_split=str(split) if split else None)
+        wanted = runner_options(parsed, era=self.era, tensor_split=str(split) if split else None, shift=shift)
         async with self.scheduler.lease(model, wanted, keep_alive_s) as lease:
             yield lease
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from planner.plan import Era
 from planner.profile import ModelProfile
+from planner.request import Era
 from proxy.simulator import gojson
 
 BLOBS = "/root/.ollama/models/blobs"

@@ -142,6 +142,8 @@ def test_tensor_split_is_ignored_by_stock_and_honoured_by_a_fork(start):
     assert shares[0] / sum(shares) == pytest.approx(0.7, abs=0.02)
     fork.shares(MIDDLE, num_ctx=4096)
     assert fork.count("launch") == 2
+    assert fork.ask(MIDDLE, num_ctx=4096, tensor_split="all").json() == {"error": 'invalid tensor_split "all"'}
+    assert "CUDA1" in fork.ask(BIG, num_ctx=4096, tensor_split="0,1").json()["error"]
 
 
 def test_spread_uses_every_card(start):
@@ -157,6 +159,10 @@ def test_the_older_era_splits_what_one_card_cannot_hold(older):
     shares = older.shares(BIG, num_ctx=8192)
     assert min(shares) > 0
     assert sum(shares) == 81
+
+
+def test_the_older_era_offloads_as_many_layers_as_num_gpu_says(older):
+    assert sum(older.shares(SMALL, num_ctx=4096, num_gpu=20)) == 20
 
 
 def test_without_cards_everything_runs_on_the_cpu(start):
@@ -203,6 +209,14 @@ def test_an_option_that_comes_and_goes_loads_again_each_time(ollama):
         ollama.ask(SMALL, **options)
     assert (ollama.count("load"), ollama.count("reload")) == (1, 3)
     assert ollama.count("unload") == 3
+
+
+def test_shift_false_and_back_are_two_loads_since_0_30(start):
+    for era, reloads in (("llama-server", 2), ("runner", 0)):
+        started = start(era=era)
+        for shift in (True, False, True):
+            started.client.post("/api/generate", json={"model": SMALL, "prompt": "x", "stream": False, "shift": shift})
+        assert started.count("reload") == reloads
 
 
 def test_openai_clients_without_options_load_again_what_was_loaded_with_them(ollama):
@@ -258,8 +272,8 @@ def test_a_model_in_use_is_not_evicted_before_its_answer_is_complete(start):
 
 
 def test_a_load_that_does_not_fit_is_refused_in_llama_servers_words(ollama):
-    """32B at 32768 wants 28 GiB, and a stated context is never made smaller."""
-    answer = ollama.ask(MIDDLE, num_ctx=32768, main_gpu=1)
+    """32B at 32768 wants 28 GiB; a stated context is never made smaller, and a stated ``num_gpu`` turns ``--fit`` off."""
+    answer = ollama.ask(MIDDLE, num_ctx=32768, main_gpu=1, num_gpu=99)
     assert answer.status_code == 500
     assert answer.json()["error"].startswith(
         "llama-server process has terminated: exit status 1: cudaMalloc failed: out of memory\n"
@@ -268,6 +282,14 @@ def test_a_load_that_does_not_fit_is_refused_in_llama_servers_words(ollama):
     assert ollama.count("launch") == 1
     assert ollama.loaded() == set()
     assert ollama.simulator.rig() == PAIR
+
+
+def test_main_gpu_alone_leaves_to_the_cpu_what_the_card_cannot_hold(ollama):
+    """``--fit`` stays on: nothing fails, and the answer is slow."""
+    shares = ollama.shares(MIDDLE, num_ctx=32768, main_gpu=1)
+    assert shares[0] == 0 < shares[1] < 65
+    entry = ollama.client.get("/api/ps").json()["models"][0]
+    assert entry["size_vram"] < entry["size"]
 
 
 def test_a_failed_load_is_tried_once_more_without_the_other_models(ollama):
@@ -280,14 +302,14 @@ def test_a_failed_load_is_tried_once_more_without_the_other_models(ollama):
 def test_an_automatic_context_is_made_smaller_once_and_the_client_sees_no_error(ollama):
     """56 GiB in all: 131072 tokens, the trained context; on the 3090 alone only 32768 fit with the weights of an 8B model."""
     ollama.simulator.gpus.occupy(1, 4 * GIB)
-    answer = ollama.ask(SMALL, main_gpu=1)
+    answer = ollama.ask(SMALL, main_gpu=1, num_gpu=99)
     assert answer.status_code == 200
     assert ollama.client.get("/api/ps").json()["models"][0]["context_length"] == 32768
     assert (ollama.count("out of memory"), ollama.count("launch")) == (1, 2)
 
 
 def test_the_older_era_says_that_no_layout_can_be_allocated(older):
-    answer = older.ask(BIG, num_ctx=32768, num_gpu=81)
+    answer = older.ask(BIG, num_ctx=65536, num_gpu=81)
     assert (answer.status_code, answer.json()) == (500, {"error": "memory layout cannot be allocated with num_gpu = 81"})
 
 

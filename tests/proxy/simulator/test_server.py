@@ -14,6 +14,7 @@ import pytest
 from planner.hardware import Gpu, Host, Rig
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.simulator.gpus import rig_from_json
+from proxy.simulator.http import Request
 from proxy.simulator.placement import Environment
 from tests.servers import serve
 
@@ -183,6 +184,13 @@ def test_what_was_asked_can_be_looked_up(ollama):
     seen = server.requests[-1]
     assert (seen.method, seen.path, seen.headers["x-mine"]) == ("POST", "/api/generate", "1")
     assert json.loads(seen.body)["options"] == {"main_gpu": 0}
+
+
+def test_large_bodies_are_forgotten_before_they_fill_the_memory():
+    server = simulator()
+    for number in range(5):
+        server.note(Request(method="POST", path=f"/{number}", headers={}, body=bytes(20 * 2**20)))
+    assert [request.path for request in server.requests] == ["/2", "/3", "/4"]
 
 
 def test_the_cards_can_be_read_over_http(ollama):
