@@ -1,11 +1,273 @@
-"""The command line: ``lopsided``."""
+"""The command line: ``lopsided``. Reads arguments, asks the other modules, prints.
+
+Exit codes: 0 fine, 1 the thing asked for can't be done, 2 bad usage (a wrong setting too). Errors go to stderr, in one line.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import Any
+
 import click
+from rich.console import Console, RenderableType
+from rich.progress import track
+
+from planner.hardware import Rig
+from planner.plan import Era
+from planner.power import power_shares, raw_powers
+from proxy.address import Address
+from proxy.doctor import Sight, judge, look
+from proxy.errors import GpuError, LopsidedError, SettingsError
+from proxy.gpus import GpuSource
+from proxy.gpus.nvml import NvmlSource
+from proxy.gpus.order import DeviceOrder
+from proxy.gpus.static import StaticSource
+from proxy.options import era_of
+from proxy.planjson import devices_json, launcher_arguments, plan_json
+from proxy.planning import plan_for
+from proxy.settings import CACHE_TYPES, Settings, load_settings
+from proxy.tables import demo_report, devices_report, doctor_report, gib, gpu_names, plan_report
+
+PIPE_WIDTH = 140
+"""Columns of a table that goes into a file or a pipe; a terminal says its own."""
+
+TOKENS = click.IntRange(1, 2**31 - 1)
+"""llama.cpp counts tokens in 32 bits."""
 
 
-@click.group()
-@click.version_option(package_name="lopsided")
+class Commands(click.Group):
+    """Turns lopsided's own errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except SettingsError as error:
+            raise click.UsageError(str(error)) from error
+        except LopsidedError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="lopsided", message="%(prog)s %(version)s")
 def main() -> None:
-    """Makes a stock Ollama put each model where it runs fastest on unequal GPUs."""
+    """Makes a stock Ollama put each model where it runs fastest on unequal GPUs.
+
+    Settings come from the environment and from lopsided.toml; `lopsided doctor` shows what they lead to.
+    """
+
+
+gpu_option = click.option(
+    "--gpu",
+    "cards",
+    multiple=True,
+    metavar="CARD[:FREE]",
+    help="A card to plan for instead of this machine's, e.g. \"RTX 3090:22GiB\". Repeat it in Ollama's device order.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+@main.command()
+@click.option("--host", metavar="HOST:PORT", help="Where to listen (LOPSIDED_HOST, else 127.0.0.1:11435).")
+@click.option("--upstream", metavar="URL", help="Where Ollama is (LOPSIDED_UPSTREAM, else OLLAMA_HOST, else 127.0.0.1:11434).")
+def serve(host: str | None, upstream: str | None) -> None:
+    """Run the proxy in front of Ollama."""
+    import uvicorn  # here and in demo: the server takes a second to import, which the other commands need not wait for
+
+    from proxy.app import create_app
+    from proxy.serve import uvicorn_options
+
+    settings = load_settings(**_given(host=host, upstream=upstream))
+    source = gpu_source(settings)
+    seen = asyncio.run(look(settings, device_order(settings), source))
+    if seen.upstream_is_lopsided:
+        raise click.ClickException(
+            f"{settings.upstream.url} is lopsided itself, so requests would go in a circle: "
+            "set LOPSIDED_UPSTREAM to the address of Ollama"
+        )
+    listener = _listen(settings.host)
+    click.echo(f"lopsided  {settings.host.url}")
+    click.echo(f"Ollama    {settings.upstream.url}  {_ollama_text(seen)}")
+    for line in _gpu_lines(seen):
+        click.echo(line)
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, source=source), **uvicorn_options(), log_level="warning"))
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        return
+
+
+@main.command()
+@click.argument("model", metavar="MODEL|FILE.gguf")
+@gpu_option
+@click.option("--ctx", type=TOKENS, help="Tokens of context (default: the model's own, else what Ollama takes by VRAM).")
+@click.option("--batch", type=TOKENS, help="Tokens of a batch (default: what Ollama takes by context and memory).")
+@click.option("--parallel", type=click.IntRange(1, 1024), help="Sequences at once (OLLAMA_NUM_PARALLEL, else 1).")
+@click.option("--kv-type", type=click.Choice(CACHE_TYPES), help="Type of the KV cache (OLLAMA_KV_CACHE_TYPE, else f16).")
+@click.option("--boost", metavar="1.0-2.0|auto", help="Factor of the boost algorithm (OLLAMA_SCHED_COMPUTE_BOOST, else auto).")
+@click.option("--ollama-version", metavar="VERSION", help="Plan for this Ollama, e.g. 0.24.0 (default: the one there is).")
+@json_option
+def plan(
+    model: str,
+    cards: tuple[str, ...],
+    ctx: int | None,
+    batch: int | None,
+    parallel: int | None,
+    kv_type: str | None,
+    boost: str | None,
+    ollama_version: str | None,
+    as_json: bool,
+) -> None:
+    """Show where a model would go, and why.
+
+    MODEL is a name of Ollama's, FILE.gguf a file here; nothing is loaded.
+    """
+    settings = load_settings(**_given(num_parallel=parallel, kv_cache_type=kv_type, boost=boost))
+    options = {"num_ctx": ctx, "num_batch": batch}
+    answer = asyncio.run(plan_for(model, _rig(settings, cards), options, settings, version=ollama_version))
+    if as_json:
+        _print_json(plan_json(answer.plan, answer.delivery))
+        return
+    launcher = launcher_arguments(answer.plan.chosen.placement, answer.plan.rig)
+    _print(plan_report(answer.plan, options=answer.delivery.options, launcher=launcher, header_only=answer.header_only))
+
+
+@main.command()
+@gpu_option
+@json_option
+def devices(cards: tuple[str, ...], as_json: bool) -> None:
+    """List the GPUs in Ollama's order."""
+    rig = _rig(load_settings(), cards)
+    if as_json:
+        _print_json(devices_json(rig))
+    else:
+        _print(devices_report(rig, power_shares(raw_powers(rig.gpus))))
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Check settings, Ollama and GPUs."""
+    settings = load_settings()
+    findings = judge(asyncio.run(look(settings, device_order(settings), gpu_source(settings))))
+    if as_json:
+        _print_json({"findings": [asdict(finding) for finding in findings]})
+    else:
+        _print(doctor_report(findings))
+    if any(finding.level == "fail" for finding in findings):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="End after the table.")
+@click.option("--era", type=click.Choice(["llama-server", "runner"]), default="llama-server", help="Which Ollama is simulated.")
+@json_option
+def demo(once: bool, era: Era, as_json: bool) -> None:
+    """Show stock Ollama beside lopsided.
+
+    The RTX 5090, the RTX 3090 and Ollama are simulated, the requests are real. Needs no GPU.
+    """
+    from proxy.demo import CASES, open_stage
+
+    with open_stage(era) as stage:
+        names = gpu_names(stage.simulator.rig().gpus)
+        outcomes = [
+            stage.play(case) for case in track(CASES, "Asking the simulated Ollama", console=Console(stderr=True), transient=True)
+        ]
+        if as_json:
+            _print_json({"simulated": True, "ollama": stage.simulator.version, "rows": [asdict(outcome) for outcome in outcomes]})
+        else:
+            _print(demo_report(outcomes, names, ollama=f"Ollama {stage.simulator.version}"))
+        if once or as_json:
+            return
+        stage.simulator.scheduler.time_scale = 1.0
+        body = json.dumps({"model": CASES[0].model, "prompt": "Hello"})
+        click.echo(
+            f"\nStill running, now at the simulated speed. Point a client at lopsided, or at the simulated Ollama to compare:\n"
+            f"  lopsided          {stage.proxy_url}\n"
+            f"  simulated Ollama  {stage.ollama_url}\n"
+            f"  curl {stage.proxy_url}/api/generate -d '{body}'\n"
+            "Ctrl-C ends it."
+        )
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+def gpu_source(settings: Settings, cards: tuple[str, ...] = ()) -> GpuSource:
+    """Where the GPUs come from: ``--gpu``, else the profile of the settings, else NVML."""
+    if cards:
+        return StaticSource.from_arguments(cards)
+    if settings.profile:
+        return StaticSource.from_file(settings.profile)
+    return NvmlSource(device_order(settings))
+
+
+def device_order(settings: Settings) -> DeviceOrder:
+    """What is known of Ollama's device order: CUDA's variables, and the setting's names."""
+    return replace(DeviceOrder.from_environment(os.environ), names=settings.device_order)
+
+
+def _listen(address: Address) -> socket.socket:
+    """The listening socket of ``serve``, bound before anything else starts. Raises ``click.ClickException``."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(
+            address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(where, family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise click.ClickException(
+                f"another program listens on {address.authority} (lopsided already?); choose another address: "
+                "lopsided serve --host 127.0.0.1:PORT"
+            ) from error
+        raise click.ClickException(f"cannot listen on {address.authority}: {error.strerror or error}") from error
+
+
+def _ollama_text(seen: Sight) -> str:
+    if seen.version is None:
+        return f"does not answer yet ({seen.upstream_problem}); requests get 502 until it does"
+    return f"version {seen.version}, {era_of(seen.version)} era"
+
+
+def _gpu_lines(seen: Sight) -> Iterator[str]:
+    if seen.rig is None:
+        yield f"GPUs      none seen: {seen.gpu_problem}. Requests pass unchanged; `lopsided doctor` says more"
+        return
+    for index, (gpu, name) in enumerate(zip(seen.rig.gpus, gpu_names(seen.rig.gpus), strict=True)):
+        yield f"GPU {index}     {name}  {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free"
+
+
+def _rig(settings: Settings, cards: tuple[str, ...]) -> Rig:
+    try:
+        return gpu_source(settings, cards).rig()
+    except GpuError as error:
+        if cards or settings.profile:
+            raise
+        raise GpuError(f'{error}. Cards can be named instead: --gpu "RTX 5090" --gpu "RTX 3090"') from error
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _print(report: RenderableType) -> None:
+    console = Console()
+    if console.is_terminal:
+        console.print(report)
+        return
+    console.width = int(os.environ.get("COLUMNS") or PIPE_WIDTH)
+    with console.capture() as capture:
+        console.print(report)
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -17,6 +17,7 @@ from proxy.address import Address
 from proxy.errors import GpuError
 from proxy.gpus import GpuSource
 from proxy.gpus.order import DeviceOrder
+from proxy.options import era_of
 from proxy.settings import Settings
 
 Level = Literal["ok", "warn", "fail"]
@@ -118,7 +119,7 @@ def _upstream(sight: Sight) -> Iterator[Finding]:
     elif numbers < OLDEST:
         advice = f"Update Ollama: what versions before {'.'.join(map(str, OLDEST))} do with a model is not known here"
         yield Finding(level="warn", subject="Ollama", text=f"version {sight.version} at {url}{models}", advice=advice)
-    elif numbers < (0, 30):
+    elif era_of(sight.version) == "runner":
         advice = "Of the placement options this era follows num_gpu alone; 0.30 and later can be told the GPU"
         yield Finding(level="warn", subject="Ollama", text=f"version {sight.version} at {url}{models}, runner era", advice=advice)
     else:
@@ -176,7 +177,7 @@ def _card(index: int, gpu: Gpu) -> Finding:
 
 async def _is_lopsided(client: httpx.AsyncClient, address: Address) -> bool:
     answer = await client.get(address.url + "/lopsided/health")
-    return answer.status_code == httpx.codes.OK
+    return answer.status_code == httpx.codes.OK and b'"lopsided"' in answer.content
 
 
 async def _json(client: httpx.AsyncClient, address: Address, path: str) -> Any:

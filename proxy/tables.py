@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -13,10 +14,15 @@ from rich.text import Text
 from planner.hardware import Gpu, Rig
 from planner.placement import Placement
 from planner.plan import Candidate, Era, Plan
+from proxy.doctor import Finding, Level
+
+if TYPE_CHECKING:  # the demo brings the server with it, which takes a second to import
+    from proxy.demo import Outcome, Run
 
 GIB = 2**30
 MIB = 2**20
 ALTERNATIVES_SHOWN = 5
+LEVEL_STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 ERA_NAMES: dict[Era, str] = {"llama-server": "stock Ollama ≥ 0.30", "runner": "stock Ollama ≤ 0.24"}
 
 
@@ -80,8 +86,13 @@ def devices_report(rig: Rig, power_shares: Sequence[float]) -> RenderableType:
     return Group(table, Text("# is Ollama's index: what main_gpu means.", style="dim"))
 
 
-def plan_report(plan: Plan, *, header_only: bool = False) -> RenderableType:
-    """The winner and what it costs on each device, stock's own choice in both eras, the best losers, and the reasons."""
+def plan_report(
+    plan: Plan, *, options: Mapping[str, object], launcher: Sequence[str], header_only: bool = False
+) -> RenderableType:
+    """The winner and what it costs on each device, stock's own choice in both eras, the best losers, and the reasons.
+
+    ``options`` are those that a request gets, ``launcher`` the arguments of llama-server that mean the same in full.
+    """
     names = gpu_names(plan.rig.gpus)
     unchanged = plan.chosen is plan.stock
     verdict = "as stock Ollama does it" if unchanged else plan.chosen.placement.kind
@@ -95,9 +106,66 @@ def plan_report(plan: Plan, *, header_only: bool = False) -> RenderableType:
     losers = [candidate for candidate in plan.alternatives if candidate not in (plan.chosen, plan.stock)][:ALTERNATIVES_SHOWN]
     if losers:
         parts.append(_candidates("Not chosen", [(candidate.label, candidate) for candidate in losers], names))
-    parts.append(Text("Why", style="bold"))
-    parts += [Text(f"  {number}. {reason}") for number, reason in enumerate(plan.reasons, start=1)]
+    parts += [Text("Why", style="bold"), _numbered(plan.reasons)]
+    asked = ", ".join(f"{name} {value}" for name, value in options.items()) or "none"
+    parts += [Text(), Text(f"Options of the request: {asked}"), Text(f"As arguments of llama-server: {' '.join(launcher)}")]
     return Group(*parts)
+
+
+def _numbered(lines: Iterable[str]) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    for number, line in enumerate(lines, start=1):
+        grid.add_row(f"  {number}.", Text(line))
+    return grid
+
+
+def doctor_report(findings: Iterable[Finding]) -> RenderableType:
+    """One line a finding, what to do under it."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for finding in findings:
+        table.add_row(Text(finding.level, style=LEVEL_STYLES[finding.level]), finding.subject, Text(finding.text))
+        if finding.advice:
+            table.add_row("", "", Text(finding.advice, style="dim"))
+    return table
+
+
+def demo_report(outcomes: Sequence[Outcome], names: Sequence[str], *, ollama: str) -> RenderableType:
+    """Stock beside lopsided; under the table what the options of a request cannot deliver."""
+    right = ("context", "tok/s", "tok/s ", "gain")
+    columns = ("model", "context", "stock Ollama", "tok/s", "lopsided", "tok/s ", "gain", "")
+    table = new_table(*columns, title=f"SIMULATED: {' + '.join(names)}, {ollama}", right=right)
+    names = [name.removeprefix("RTX ") for name in names]
+    notes = []
+    for outcome in outcomes:
+        same = outcome.stock.layers == outcome.lopsided.layers
+        table.add_row(
+            outcome.case.model,
+            str(outcome.case.num_ctx),
+            _run_text(outcome.stock, outcome.n_layers, names),
+            rate(outcome.stock.tokens_per_s),
+            "the same" if same else _run_text(outcome.lopsided, outcome.n_layers, names),
+            rate(outcome.lopsided.tokens_per_s),
+            f"{outcome.gain:.2f}×",
+            outcome.case.note,
+        )
+        if outcome.planned:
+            planned = _run_text(outcome.planned, outcome.n_layers, names)
+            notes.append(
+                f"{outcome.case.model}: the options of a request cannot ask this Ollama for {planned}, "
+                f"predicted at {rate(outcome.planned.tokens_per_s)} tok/s."
+            )
+    return Group(table, *map(Text, notes))
+
+
+def _run_text(run: Run, n_layers: int, names: Sequence[str]) -> str:
+    holders = [f"{name} {count}" for name, count in zip(names, run.layers, strict=True) if count]
+    on_cpu = n_layers - sum(run.layers)
+    if len(holders) == 1 and not on_cpu:
+        return f"{holders[0].rpartition(' ')[0]} alone"
+    return " + ".join([f"CPU {on_cpu}"] * bool(on_cpu) + holders)
 
 
 def _model_line(plan: Plan, header_only: bool) -> RenderableType:
@@ -109,7 +177,10 @@ def _model_line(plan: Plan, header_only: bool) -> RenderableType:
     )
     kv = settings.kv_type_k if settings.kv_type_k == settings.kv_type_v else f"{settings.kv_type_k}/{settings.kv_type_v}"
     boost = "auto" if plan.request.boost is None else f"{plan.request.boost:g}"
-    second = f"context {settings.num_ctx} · parallel {settings.parallel} · batch {settings.batch} · KV {kv} · boost {boost}"
+    trained = f" of {profile.context_train}" if profile.context_train else ""
+    second = (
+        f"context {settings.num_ctx}{trained} · parallel {settings.parallel} · batch {settings.batch} · KV {kv} · boost {boost}"
+    )
     lines = [Text(first, style="bold"), Text(second)]
     if header_only:
         lines.append(Text("The file is a header only: no tensor data follow it. It can be planned, not run.", style="yellow"))

@@ -31,7 +31,9 @@ def json_app(answers: dict):
 
 
 OLLAMA = json_app({"/api/version": {"version": "0.32.15"}, "/api/tags": {"models": [{"name": "a"}, {"name": "b"}]}})
-LOPSIDED = json_app({"/lopsided/health": {"status": "ok"}, "/api/version": {"version": "0.32.15"}, "/api/tags": {"models": []}})
+LOPSIDED = json_app(
+    {"/lopsided/health": {"name": "lopsided"}, "/api/version": {"version": "0.32.15"}, "/api/tags": {"models": []}}
+)
 
 
 @pytest.fixture(autouse=True)

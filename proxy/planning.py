@@ -1,0 +1,69 @@
+"""``lopsided plan``: a plan for a GGUF file, or for a model of the Ollama behind the proxy, without loading anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from planner.hardware import Rig
+from planner.plan import Plan, make_plan
+from proxy.catalog import Catalog, ModelFacts
+from proxy.errors import UpstreamError
+from proxy.gguf import read_header, read_profile
+from proxy.loading import plan_request, without_companions
+from proxy.options import Delivery, deliver, era_of
+from proxy.settings import Settings
+
+ASK_S = 5.0
+"""Longest wait for Ollama's version, in seconds; it answers from memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """The plan and how it is delivered; ``header_only``: the file has no tensor data, so it can be planned but not run."""
+
+    plan: Plan
+    delivery: Delivery
+    header_only: bool = False
+
+
+async def plan_for(
+    model: str, rig: Rig, options: Mapping[str, int | None], settings: Settings, *, version: str | None = None
+) -> Answer:
+    """The plan for a request with ``options`` to load ``model``, a file or a name of Ollama's, on ``rig``.
+
+    ``version`` is the Ollama to plan for; without one it is the one behind the proxy, for a file the newest. Raises ``GgufError``
+    and ``ModelError`` for what cannot be planned, ``UpstreamError`` where Ollama has to be asked and does not answer.
+    """
+    header_only = False
+    if is_file(model):
+        header_only = read_header(model).header_only
+        facts = ModelFacts(digest="", blob=model, profile=read_profile(model), defaults={})
+    else:
+        facts, found = await _ask(model, settings)
+        version = version or found
+    era = era_of(version or "")
+    plan = make_plan(facts.profile, without_companions(rig, facts), plan_request(options, facts, settings, era))
+    return Answer(plan=plan, delivery=deliver(plan, era, tensor_split=settings.tensor_split), header_only=header_only)
+
+
+def is_file(model: str) -> bool:
+    """Whether ``model`` means a file rather than a name of Ollama's."""
+    return model.lower().endswith(".gguf") or Path(model).is_file()
+
+
+async def _ask(model: str, settings: Settings) -> tuple[ModelFacts, str]:
+    """What Ollama says about ``model``, and its version."""
+    async with httpx.AsyncClient(base_url=settings.upstream.url, trust_env=False) as client:
+        try:
+            facts = await Catalog(client).facts(model)
+            version = (await client.get("/api/version", timeout=ASK_S)).raise_for_status().json()["version"]
+        except (UpstreamError, httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise UpstreamError(
+                f"{model} is no file here, and Ollama at {settings.upstream.url} cannot be asked for it ({error}). "
+                "Name a GGUF file, start Ollama, or set LOPSIDED_UPSTREAM"
+            ) from error
+    return facts, str(version)
