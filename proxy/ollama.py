@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from planner.plan import Era
+from planner.request import Era
 from proxy.errors import UpstreamError
 from proxy.options import era_of
 

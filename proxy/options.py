@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from planner.hardware import Rig
 from planner.placement import Placement
-from planner.plan import Era, Plan
+from planner.plan import Plan
+from planner.request import Era
 
 MIB = 2**20
 
@@ -26,6 +27,9 @@ PLACEMENT_OPTIONS = ("num_gpu", "main_gpu", "tensor_split")
 
 FIRST_LLAMA_SERVER = (0, 30)
 """First Ollama that starts upstream's ``llama-server``."""
+
+MAIN_GPU = frozenset({"main_gpu"})
+"""What is taken out of a client's options: it can only be 0 there, or the request would not be planned."""
 
 Options = Mapping[str, int | str]
 
@@ -76,39 +80,47 @@ def own_wish(options: Mapping[str, object], defaults: Mapping[str, object]) -> s
 
 
 def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
-    """How ``plan`` is told to an Ollama of ``era``; the client's ``main_gpu: 0`` goes out in any case.
+    """How ``plan`` is told to an Ollama of ``era``; a client's ``main_gpu: 0`` goes out in any case.
 
-    ``main_gpu`` counts the GPUs of one library in Ollama's order, which is the rig's.
+    ``plan.chosen_by_options`` is what a stock Ollama can be told. Where nothing of that is better than stock, a split still
+    goes out as ``tensor_split``, for forks that know it.
     """
-    without = frozenset({"main_gpu"})
     how = "auto" if plan.request.boost is None else f"boost {plan.request.boost:g}"
-    if plan.chosen is plan.stock or plan.chosen.placement == plan.stock.placement:
-        return stock(f"{how}; nothing is faster", without=without)
-    chosen, baseline = plan.chosen.placement, plan.stock.placement
-    label = placement_text(chosen, plan.rig)
-    more_layers = sum(chosen.shares) > sum(baseline.shares)
+    told = plan.chosen_by_options
     if era == "runner":
-        if sum(chosen.shares) == sum(baseline.shares):
-            return stock(f"{how}; {label} can't be asked of this Ollama", without=without)
-        return Delivery(text=header_text(f"{label}; {how}; by num_gpu"), options={"num_gpu": sum(chosen.shares)}, without=without)
-    options: dict[str, int | str] = {}
-    if len(chosen.order) == 1:
-        gpu = chosen.order[0]
-        left_bytes = plan.rig.gpus[gpu].free_bytes - plan.chosen.memory.devices[gpu].total_bytes
-        options["main_gpu"] = library_index(plan.rig, gpu)
-        if chosen.kind == "partial" or left_bytes < FIT_MARGIN_BYTES + FIT_SLACK_BYTES:
-            options["num_gpu"] = sum(chosen.shares)
-        return Delivery(text=header_text(f"{label}; {how}"), options=options, without=without)
-    if not chosen.order:
-        return Delivery(text=header_text(f"{label}; {how}"), options={"num_gpu": 0}, without=without)
-    if tensor_split:
-        options["tensor_split"] = ",".join(str(share) for share in chosen.shares)
-    if more_layers:
-        options["num_gpu"] = sum(chosen.shares)
-    if not options:
-        return stock(f"{how}; {label} needs the launcher", without=without)
-    note = "by tensor_split, which stock Ollama ignores" if tensor_split else "by num_gpu"
-    return Delivery(text=header_text(f"{label}; {how}; {note}"), options=options, without=without)
+        return _deliver_layers(plan, how)
+    if told is not plan.stock:
+        options: dict[str, int | str] = {}
+        if len(told.placement.order) == 1:
+            gpu = told.placement.order[0]
+            options["main_gpu"] = library_index(plan.rig, gpu)
+            left_bytes = plan.rig.gpus[gpu].free_bytes - told.memory.devices[gpu].total_bytes
+            thin = left_bytes < FIT_MARGIN_BYTES + FIT_SLACK_BYTES
+        if "main_gpu" not in options or thin or told.placement.kind == "partial":
+            options["num_gpu"] = sum(told.placement.shares)
+        return _delivery(f"{placement_text(told.placement, plan.rig)}; {how}", options)
+    if plan.chosen is plan.stock:
+        return stock(f"{how}; nothing is faster", without=MAIN_GPU)
+    label = placement_text(plan.chosen.placement, plan.rig)
+    if tensor_split and len(plan.chosen.placement.order) > 1:
+        shares = ",".join(str(share) for share in plan.chosen.placement.shares)
+        return _delivery(f"{label}; {how}; by tensor_split, which stock Ollama ignores", {"tensor_split": shares})
+    return stock(f"{how}; {label} takes the launcher", without=MAIN_GPU)
+
+
+def _deliver_layers(plan: Plan, how: str) -> Delivery:
+    """Up to 0.24: the number of layers on GPUs, where that is not what Ollama would take by itself."""
+    layers = sum(plan.chosen.placement.shares)
+    if plan.chosen is plan.stock:
+        return stock(f"{how}; nothing is faster", without=MAIN_GPU)
+    label = placement_text(plan.chosen.placement, plan.rig)
+    if layers == sum(plan.stock.placement.shares):
+        return stock(f"{how}; {label} can't be asked of this Ollama", without=MAIN_GPU)
+    return _delivery(f"{label}; {how}; by num_gpu alone", {"num_gpu": layers})
+
+
+def _delivery(text: str, options: Options) -> Delivery:
+    return Delivery(text=header_text(text), options=options, without=MAIN_GPU)
 
 
 def library_index(rig: Rig, gpu: int) -> int:

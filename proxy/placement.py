@@ -12,22 +12,22 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from planner.hardware import Rig
-from planner.plan import Candidate, Era, Plan, PlanRequest, make_plan
+from planner.plan import Plan, make_plan
 from planner.profile import ModelProfile
+from planner.request import PlanRequest
 from proxy.catalog import Catalog, ModelFacts, full_name
 from proxy.endpoints import LoadRequest
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.static import StaticSource
-from proxy.loading import asked_context, freed, plan_request, with_margin, without_companions
+from proxy.loading import asked_context, freed, plan_request, without_companions
 from proxy.ollama import Loaded, Ollama
-from proxy.options import Delivery, deliver, own_wish, stock
+from proxy.options import MAIN_GPU, Delivery, deliver, own_wish, stock
 from proxy.settings import Settings
 
 PLAN_S = 10.0
@@ -41,8 +41,6 @@ FAILURE_KEPT_S = 3600.0
 
 NAMES_KEPT = 1024
 """Models remembered by name: facts in use, and names seen on ``/v1``."""
-
-MAIN_GPU, NOTHING = frozenset({"main_gpu"}), frozenset[str]()
 
 Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
 
@@ -178,7 +176,8 @@ class Placements:
         facts = await self._catalog.facts(model)
         rig = await self.rig()
         era = await self._ollama.era()
-        plan = await self._plan(facts, rig, era, {"num_ctx": num_ctx} if num_ctx else {})
+        request = plan_request({"num_ctx": num_ctx}, facts, self._settings, era)
+        plan = await self._plan(facts, rig, request)
         return plan, deliver(plan, era, tensor_split=self._settings.tensor_split)
 
     def in_force(self) -> tuple[InForce, ...]:
@@ -198,7 +197,7 @@ class Placements:
         blob = facts.blob or facts.digest
         wish = own_wish(request.options, facts.defaults)
         if wish is not None:
-            without = MAIN_GPU if request.options.get("main_gpu") == 0 else NOTHING
+            without = MAIN_GPU if request.options.get("main_gpu") == 0 else frozenset()
             return Decision(delivery=stock(wish, without=without))
         if (self._v1_names or self._v1_blobs) and await self._is_on_v1(blob):
             if (slot := self._slots.get(blob)) is not None:
@@ -244,7 +243,7 @@ class Placements:
             plan, delivery = await self._new_plan(request, facts, own, current, careful=careful)
             if failure and delivery.options == failure.delivery.options:
                 plan, careful, delivery = None, 2, stock("the same plan ran out of memory before", without=MAIN_GPU)
-        if plan and own and current and current.plan and plan.request == current.plan.request:
+        if plan and own and current and current.plan and _context(plan) == _context(current.plan):
             plan, delivery = current.plan, current.delivery  # the same context, asked for in other words: nothing to reload
         log.info("%s: %s", full_name(request.model), delivery.text)
         return InForce(
@@ -267,7 +266,9 @@ class Placements:
                 rig = await self.rig()
                 if own is not None and self._live:
                     rig = freed(rig, own.vram_bytes, _held(current))
-                plan = await self._plan(facts, with_margin(rig) if careful else rig, era, request.options)
+                plan = await self._plan(
+                    facts, rig, plan_request(request.options, facts, self._settings, era, careful=careful > 0)
+                )
         except LopsidedError as error:
             reason = str(error)
         except TimeoutError:
@@ -280,9 +281,8 @@ class Placements:
         self._tell(f"{full_name(request.model)} passes unchanged: {reason}")
         return None, stock(reason)
 
-    async def _plan(self, facts: ModelFacts, rig: Rig, era: Era, options: Mapping[str, Any]) -> Plan:
-        rig = without_companions(rig, facts)
-        return await asyncio.to_thread(self._planner, facts.profile, rig, plan_request(options, facts, rig, self._settings, era))
+    async def _plan(self, facts: ModelFacts, rig: Rig, request: PlanRequest) -> Plan:
+        return await asyncio.to_thread(self._planner, facts.profile, without_companions(rig, facts), request)
 
     def _as_it_is(self, model: str, reason: str) -> Decision:
         self._tell(f"{full_name(model)} passes unchanged: {reason}")
@@ -334,5 +334,9 @@ def _held(placed: InForce | None) -> tuple[int, ...] | None:
     """Bytes on each GPU of a model that was placed so, ``None`` where that is not known."""
     if placed is None or placed.plan is None:
         return None
-    running: Candidate = placed.plan.chosen if placed.delivery.options else placed.plan.stock
+    running = placed.plan.chosen_by_options
     return tuple(device.total_bytes for device in running.memory.devices)
+
+
+def _context(plan: Plan) -> int:
+    return plan.chosen.settings.num_ctx

@@ -6,15 +6,16 @@ from typing import Any
 
 from planner.hardware import Gpu, Rig
 from planner.placement import Placement
-from planner.plan import Candidate, Plan
+from planner.plan import Plan
 from planner.power import power_shares, raw_powers
 from planner.profile import ModelProfile
+from planner.request import Candidate
 from proxy.options import Delivery, library_index
 
 
 def plan_json(plan: Plan, delivery: Delivery) -> dict[str, Any]:
     """The whole answer; ``gpus`` are in Ollama's order, and so is every list with one entry per GPU."""
-    settings = plan.request.settings
+    settings = plan.chosen.settings
     shares = power_shares(raw_powers(plan.rig.gpus))
     return {
         "model": model_json(plan.profile),
@@ -62,6 +63,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
                 "weights_bytes": device.weights_bytes,
                 "kv_bytes": device.kv_bytes,
                 "compute_bytes": device.compute_bytes,
+                "runtime_bytes": device.runtime_bytes,
                 "total_bytes": device.total_bytes,
                 "limit_bytes": limit,
             }
