@@ -71,8 +71,9 @@ class Load:
 
     @property
     def size_bytes(self) -> int:
-        """``size`` of ``/api/ps``; the host counts where layers run there."""
-        return self.vram_bytes + (self.memory.host.total_bytes if self.placement.kind in ("partial", "cpu") else 0)
+        """``size`` of ``/api/ps``; the host's weights and cache count where layers run there (recorded: not its compute)."""
+        in_ram = self.memory.host.weights_bytes + self.memory.host.kv_bytes
+        return self.vram_bytes + (in_ram if self.placement.kind in ("partial", "cpu") else 0)
 
     def refusal(self, rig: Rig, environment: Environment) -> str | None:
         """The error of this load on ``rig`` as it is now, ``None`` where it fits."""
@@ -110,11 +111,14 @@ def choose_load(profile: ModelProfile, rig: Rig, options: RunnerOptions, environ
     if environment.honours_tensor_split and options.tensor_split and placement.order:
         placement = split_by_weights(profile, options.tensor_split, n_gpus=len(rig.gpus))
         visible = tuple(range(len(rig.gpus)))
-    memory = estimate_memory(profile, stock.settings, placement, runtime_bytes=[request.runtime_bytes] * len(rig.gpus))
-    speed = predict_speed(profile, rig, stock.settings, placement)
+    settings = stock.settings
+    if environment.era == "llama-server" and not request.embedding:
+        settings = replace(settings, outputs=settings.parallel)
+    memory = estimate_memory(profile, settings, placement, runtime_bytes=[request.runtime_bytes] * len(rig.gpus))
+    speed = predict_speed(profile, rig, settings, placement)
     return Load(
         placement=placement,
-        settings=stock.settings,
+        settings=settings,
         memory=memory,
         decode_tokens_per_s=speed.decode_tokens_per_s,
         prefill_tokens_per_s=speed.prefill_tokens_per_s,
