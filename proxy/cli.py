@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import logging
 import os
 import socket
 import threading
@@ -98,6 +99,7 @@ def serve(host: str | None, upstream: str | None) -> None:
     click.echo(f"Ollama    {settings.upstream.url}  {_ollama_text(seen)}")
     for line in _gpu_lines(seen):
         click.echo(line)
+    _log_to_stderr()
     server = uvicorn.Server(uvicorn.Config(create_app(settings, source=source), **uvicorn_options(), log_level="warning"))
     try:
         server.run(sockets=[listener])
@@ -229,6 +231,15 @@ def _listen(address: Address) -> socket.socket:
                 "lopsided serve --host 127.0.0.1:PORT"
             ) from error
         raise click.ClickException(f"cannot listen on {address.authority}: {error.strerror or error}") from error
+
+
+def _log_to_stderr() -> None:
+    """What lopsided decides, a line each; other libraries keep their own settings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("lopsided")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
 
 
 def _ollama_text(seen: Sight) -> str:

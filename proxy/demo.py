@@ -20,6 +20,7 @@ import uvicorn
 
 from planner.plan import Era
 from proxy.app import create_app
+from proxy.errors import UpstreamError
 from proxy.gpus.static import StaticSource
 from proxy.serve import uvicorn_options
 from proxy.settings import load_settings
@@ -96,8 +97,14 @@ class Stage:
     def play(self, case: Case) -> Outcome:
         """``case`` by stock, then through lopsided, each on cards that hold no other model.
 
-        Raises ``httpx.HTTPError`` where one of the two servers fails.
+        Raises ``UpstreamError`` where one of the two servers fails.
         """
+        try:
+            return self._play(case)
+        except httpx.HTTPError as error:
+            raise UpstreamError(f"the demo failed at {case.model}: {error}") from error
+
+    def _play(self, case: Case) -> Outcome:
         self.simulator.gpus.occupy(FAST, case.fast_card_held_bytes)
         try:
             self._empty_cards()
@@ -166,7 +173,7 @@ def _serving(app: Any, options: Mapping[str, Any]) -> Iterator[str]:
         deadline = time.monotonic() + START_S
         while not server.started:
             if not thread.is_alive() or time.monotonic() > deadline:
-                raise RuntimeError("a server of the demo did not come up")
+                raise UpstreamError(f"a server of the demo did not come up within {START_S:g} s")
             time.sleep(0.01)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
