@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
 	--python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help setup demo test lint format types wheel lock clean
+.PHONY: help setup demo test lint format types wheel readme lock clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ types: $(STAMP)  ## mypy --strict
 
 wheel: $(STAMP)  ## dist/lopsided-*.whl
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+readme: $(STAMP)  ## the demo's table in the README, as it is printed now
+	@$(BIN)/python -m tests.test_readme
 
 lock: $(STAMP)  ## pins anew what pyproject.toml asks for; UPGRADE=1 takes the newest versions
 	$(LOCK) pyproject.toml --group dev --output-file requirements/dev.lock $(if $(UPGRADE),--upgrade)
