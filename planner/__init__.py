@@ -10,7 +10,7 @@ comes out, with what stock Ollama would do beside it and the reasons. From the b
 * ``speed``: the tokens per second of a placement, from the cards' data or learned rates (``Calibration``).
 * ``fit`` and ``autofit``: how Ollama's two eras split layers; ``stock``: what stock Ollama does with a request.
 * ``power``, ``costs``, ``balance``, ``contiguous``, ``layout``: the boost algorithm.
-* ``request``, ``search``, ``plan``, ``render``: the question, the candidates, the answer, and the answer as JSON.
+* ``request``, ``search``, ``plan``: the question, the candidates, and the answer.
 """
 
 from planner.hardware import Gpu, Host, Rig
@@ -18,7 +18,6 @@ from planner.memory import DeviceMemory, MemoryEstimate, estimate_memory
 from planner.placement import Placement
 from planner.plan import Plan, make_plan
 from planner.profile import ModelProfile, build_profile
-from planner.render import plan_json
 from planner.request import Candidate, PlanRequest
 from planner.settings import LoadSettings
 from planner.speed import Calibration
@@ -39,5 +38,4 @@ __all__ = [
     "build_profile",
     "estimate_memory",
     "make_plan",
-    "plan_json",
 ]

@@ -21,6 +21,5 @@ def test_the_public_names_are_these_and_exist() -> None:
         "build_profile",
         "estimate_memory",
         "make_plan",
-        "plan_json",
     ]
     assert all(hasattr(planner, name) for name in planner.__all__)
