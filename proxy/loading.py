@@ -8,7 +8,9 @@ from typing import Any
 
 from planner.hardware import Gpu, Rig
 from planner.memory import MIB
+from planner.profile import ModelProfile
 from planner.request import MARGIN_BYTES, Era, PlanRequest
+from planner.stock import SOLO_PERCENT, default_num_ctx, predict_server_vram
 from proxy.catalog import ModelFacts
 from proxy.errors import ModelError
 from proxy.gpus.specs import idle_free_bytes
@@ -55,6 +57,14 @@ def without_companions(rig: Rig, facts: ModelFacts) -> Rig:
     """``rig`` less what is loaded beside the weights (projector, adapters): on each GPU, since Ollama chooses which."""
     size_bytes = facts.projector_bytes + facts.adapter_bytes
     return replace(rig, gpus=tuple(_less(gpu, size_bytes) for gpu in rig.gpus)) if size_bytes else rig
+
+
+def makes_room(profile: ModelProfile, rig: Rig, request: PlanRequest) -> bool:
+    """Whether Ollama evicts idle models before it loads this one: it expects it to take more than 80 % of all that is free."""
+    num_ctx = request.num_ctx or default_num_ctx(rig)
+    num_ctx = min(num_ctx, profile.context_train or num_ctx)
+    predicted_bytes = predict_server_vram(profile, num_ctx * (1 if request.embedding else request.parallel))
+    return predicted_bytes * 100 > SOLO_PERCENT * sum(gpu.free_bytes for gpu in rig.gpus)
 
 
 def freed(rig: Rig, vram_bytes: int, held: Sequence[int] | None) -> Rig:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from proxy.endpoints import LoadRequest
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.static import StaticSource
-from proxy.loading import asked_context, freed, plan_request, without_companions
+from proxy.loading import asked_context, freed, makes_room, plan_request, without_companions
 from proxy.ollama import Loaded, Ollama
 from proxy.options import MAIN_GPU, Delivery, deliver, own_wish, stock
 from proxy.settings import Settings
@@ -174,10 +174,10 @@ class Placements:
     async def preview(self, model: str, num_ctx: int | None) -> tuple[Plan, Delivery]:
         """The plan that ``model`` would get now, without any effect. Raises ``LopsidedError``."""
         facts = await self._catalog.facts(model)
-        rig = await self.rig()
         era = await self._ollama.era()
-        request = plan_request({"num_ctx": num_ctx}, facts, self._settings, era)
-        plan = await self._plan(facts, rig, request)
+        wanted = plan_request({"num_ctx": num_ctx}, facts, self._settings, era)
+        loaded = await self._by_blob(await self._ollama.loaded())
+        plan = await self._plan(facts, facts.blob or facts.digest, wanted, loaded)
         return plan, deliver(plan, era, tensor_split=self._settings.tensor_split)
 
     def in_force(self) -> tuple[InForce, ...]:
@@ -226,24 +226,25 @@ class Placements:
     async def _renewed(self, slot: _Slot, request: LoadRequest, facts: ModelFacts, blob: str, num_ctx: int | None) -> InForce:
         """The placement to use from now on: the current one while Ollama still has the model, else a new one."""
         current = slot.current
+        unchanged = current if current is not None and current.num_ctx == num_ctx else None
         try:
-            own = await self._of_blob(await self._ollama.loaded(), blob)
+            loaded = await self._by_blob(await self._ollama.loaded())
         except UpstreamError:
-            if current is not None and current.num_ctx == num_ctx:
-                return current
-            raise
-        if own is not None and current is not None and current.num_ctx == num_ctx:
-            return current
+            loaded = {}
+            if unchanged:
+                return unchanged
+        if unchanged and blob in loaded:
+            return unchanged
         failure = self._failures.get((blob, num_ctx))
         if failure is not None and self._clock() - failure.at > FAILURE_KEPT_S:
             failure = None
         careful = failure.careful if failure else 0
         plan, delivery = None, stock("the plans before ran out of memory", without=MAIN_GPU)
         if careful < 2:
-            plan, delivery = await self._new_plan(request, facts, own, current, careful=careful)
+            plan, delivery = await self._new_plan(request, facts, blob, loaded, careful=careful)
             if failure and delivery.options == failure.delivery.options:
                 plan, careful, delivery = None, 2, stock("the same plan ran out of memory before", without=MAIN_GPU)
-        if plan and own and current and current.plan and _context(plan) == _context(current.plan):
+        if plan and blob in loaded and current and current.plan and _context(plan) == _context(current.plan):
             plan, delivery = current.plan, current.delivery  # the same context, asked for in other words: nothing to reload
         log.info("%s: %s", full_name(request.model), delivery.text)
         return InForce(
@@ -257,18 +258,14 @@ class Placements:
         )
 
     async def _new_plan(
-        self, request: LoadRequest, facts: ModelFacts, own: Loaded | None, current: InForce | None, *, careful: int
+        self, request: LoadRequest, facts: ModelFacts, blob: str, loaded: Mapping[str, Loaded], *, careful: int
     ) -> tuple[Plan | None, Delivery]:
         """A plan and its delivery; without a plan, stock: which then stays in force, as any other placement does."""
         try:
             async with asyncio.timeout(PLAN_S / 2):
                 era = await self._ollama.era()
-                rig = await self.rig()
-                if own is not None and self._live:
-                    rig = freed(rig, own.vram_bytes, _held(current))
-                plan = await self._plan(
-                    facts, rig, plan_request(request.options, facts, self._settings, era, careful=careful > 0)
-                )
+                wanted = plan_request(request.options, facts, self._settings, era, careful=careful > 0)
+                plan = await self._plan(facts, blob, wanted, loaded)
         except LopsidedError as error:
             reason = str(error)
         except TimeoutError:
@@ -281,8 +278,23 @@ class Placements:
         self._tell(f"{full_name(request.model)} passes unchanged: {reason}")
         return None, stock(reason)
 
-    async def _plan(self, facts: ModelFacts, rig: Rig, request: PlanRequest) -> Plan:
+    async def _plan(self, facts: ModelFacts, blob: str, request: PlanRequest, loaded: Mapping[str, Loaded]) -> Plan:
+        """A plan on the GPUs as Ollama will find them: less this model, and less idle ones if it evicts those for it."""
+        rig = await self.rig()
+        if self._live:
+            rig = self._without(rig, {blob}, loaded)
+            if makes_room(facts.profile, rig, request):
+                rig = self._without(rig, {other for other in loaded if other != blob and not self._is_busy(other)}, loaded)
         return await asyncio.to_thread(self._planner, facts.profile, without_companions(rig, facts), request)
+
+    def _without(self, rig: Rig, blobs: set[str], loaded: Mapping[str, Loaded]) -> Rig:
+        for blob in sorted(blobs & loaded.keys()):
+            slot = self._slots.get(blob)
+            rig = freed(rig, loaded[blob].vram_bytes, _held(slot.current if slot else None))
+        return rig
+
+    def _is_busy(self, blob: str) -> bool:
+        return blob in self._slots and self._slots[blob].users > 0
 
     def _as_it_is(self, model: str, reason: str) -> Decision:
         self._tell(f"{full_name(model)} passes unchanged: {reason}")
@@ -318,16 +330,14 @@ class Placements:
             self._v1_names.discard(name)
         return blob in self._v1_blobs
 
-    async def _of_blob(self, loaded: tuple[Loaded, ...], blob: str) -> Loaded | None:
-        """The loaded model with that blob, whatever its name."""
+    async def _by_blob(self, loaded: tuple[Loaded, ...]) -> dict[str, Loaded]:
+        """The loaded models by their blobs, whatever their names; those that can't be planned for are left out."""
+        found = {}
         for entry in loaded:
-            try:
+            with suppress(ModelError):
                 facts = await self._catalog.facts(entry.name)
-            except LopsidedError:
-                continue
-            if (facts.blob or facts.digest) == blob:
-                return entry
-        return None
+                found[facts.blob or facts.digest] = entry
+        return found
 
 
 def _held(placed: InForce | None) -> tuple[int, ...] | None:
