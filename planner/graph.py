@@ -70,7 +70,7 @@ class LayerGraph:
     * ``offloaded``: the layer lies in RAM; its weights and its cache are copied over as they are needed (``op_offload``).
     * ``host_experts``: only the routed experts lie in RAM.
     * ``normed``: the first norm came from the device before.
-    * ``has_states``, ``fetches_states``: of Mamba layers, whose states the Mamba layer before fetches.
+    * ``has_states``, ``fetches_states``: the convolution states of a Mamba layer are fetched by the last layer before that looks at other tokens.
     * ``brings``: bytes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
     """
 
@@ -107,6 +107,7 @@ class LayerGraph:
         self.brought: dict[int, int] = {}
         self._has_states = has_states
         self._fetches_states = fetches_states
+        self._own_states: tuple[int, ...] = ()
         self.result = self._layer(last=last, normed=normed)
         for name in tuple(self._brings):
             self._bring(name)
@@ -208,7 +209,13 @@ class LayerGraph:
                 self._store_keys_and_values(x, value_features)
             if gated:  # Qwen3-Next: the projection holds query and gate
                 gate = self._op(q_features, joint)
+        if self._offloaded and attends_in_ram(self._profile, self._index):
+            self.tape.use(q)
+            self._fetch_states()
+            weight = self._copied("attn_output.weight")
+            return self._op(self._out("attn_output"), *weight, self._op(q_features))
         result = self._attend(q, q_features, value_features)
+        self._fetch_states()
         if gate is not None:
             result = self._in_place(result, self._in_place(gate))
         if self._has("attn_gate") and not is_recurrent(self._weights):
@@ -290,9 +297,6 @@ class LayerGraph:
         )
         out_features = heads * value_features // heads_kv
         cells = self._cells() * scale.sequences
-        if self._offloaded and attends_in_ram(self._profile, self._index):
-            self.tape.use(q)
-            return self._op(out_features)
         copies: tuple[int, ...] = ()
         if self._offloaded and cache.owns_cache:
             copies = (self.tape.op(scale.keys.row_bytes(cache.key_elements) * cells),)
@@ -306,9 +310,12 @@ class LayerGraph:
                 reads += (self.tape.op(cells * cache.key_elements * F16),)
             elif scale.keys.name != "F16":
                 extra += cells * cache.key_elements * F16
-            if not latent and scale.values.name == "F32":
+            values = scale.keys if latent else scale.values
+            if latent and not copies:
+                pass  # values are a view of the keys, in the cache and as F16
+            elif values.name == "F32":
                 reads += (self.tape.op(cells * value_features * F16),)
-            elif not latent and scale.values.name != "F16":
+            elif values.name != "F16":
                 extra += cells * value_features * F16
             result = self.tape.op(out_features * self._tokens * F32 + extra, *reads)
             return result if latent else self._rotated(result, out_features, self._value_rotation)
@@ -369,15 +376,28 @@ class LayerGraph:
     def _state(self, elements: int) -> int:
         return self.tape.op(elements * self._scale.sequences * F32)
 
-    def _convolution(self, x: int, channels: int, taps: int) -> int:
+    def _convolution(self, x: int, channels: int, taps: int, *fetched: int) -> int:
         """The last states before the tokens, transposed, then ``ggml_ssm_conv``."""
-        states = STATES if self._has_states else self._state((taps - 1) * channels)
+        states = STATES if self._has_states else fetched[0] if fetched else self._state((taps - 1) * channels)
         joined = self.tape.op((self._tokens + (taps - 1) * self._scale.sequences) * channels * F32, states, x)
-        return self._in_place(self._op(channels, joined))
+        weight = self._copied("ssm_conv1d.weight")
+        return self._in_place(self._op(channels, joined, *weight))
 
-    def _fetch_states(self, channels: int) -> None:
+    def _first_states(self) -> tuple[int, ...]:
+        """The first Mamba layer of a device fetches its own states, before anything else."""
+        if not is_mamba(self._weights) or self._has_states or self._offloaded:
+            return ()
+        return (self._mamba_states(),)
+
+    def _fetch_states(self) -> None:
+        """The convolution states of the next Mamba layer are fetched as soon as this layer has looked at other tokens."""
         if self._fetches_states:
-            self.brought[STATES] = self._state((self._profile.integer("ssm.conv_kernel") - 1) * channels)
+            self.brought[STATES] = self._mamba_states()
+
+    def _mamba_states(self) -> int:
+        profile = self._profile
+        channels = profile.integer("ssm.inner_size") + 2 * profile.integer("ssm.group_count") * profile.integer("ssm.state_size")
+        return self._state((profile.integer("ssm.conv_kernel") - 1) * channels)
 
     def _delta_net(self, x: int) -> int:
         """Gated delta net (``src/models/qwen3next.cpp``, ``qwen35.cpp``, ``delta-net-base.cpp``), fused on CUDA."""
@@ -404,19 +424,22 @@ class LayerGraph:
         inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
         groups, heads = profile.integer("ssm.group_count"), profile.integer("ssm.time_step_rank")
         channels = inner + 2 * groups * state
-        zxbcdt = self._project("ssm_in", x)
-        if self._offloaded:  # the state lies in RAM, so convolution and scan run there
-            self.tape.use(zxbcdt)
-            y = self._in_place(self._op(inner, self._op(channels)), self._op(inner))
-            y = self._op(inner, self._op(inner), y)
-            return self._project("ssm_out", self._norm_view(y, inner) if self._has("ssm_norm") else y)
-        convolved = self._convolution(zxbcdt, channels, profile.integer("ssm.conv_kernel"))
+        weight = self._copied("ssm_in.weight")
+        states = (self._state((profile.integer("ssm.conv_kernel") - 1) * channels),) if self._offloaded else self._own_states
+        zxbcdt = self._op(self._out("ssm_in"), *weight, x)
+        convolved = self._convolution(zxbcdt, channels, profile.integer("ssm.conv_kernel"), *states)
         step = self._in_place(self._op(heads, zxbcdt))
-        scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, step)
-        self._fetch_states(channels)
-        z = self._op(inner, zxbcdt)
-        scaled = self._op(inner, convolved)
-        y = self._in_place(scaled, scan)
+        if self._offloaded:  # the scan runs where its state lies
+            self.tape.use(step)
+            self._fetch_states()
+            y = self._op(inner)
+            z, scaled = self._op(inner, zxbcdt), self._op(inner, convolved)
+            y = self.tape.op(self.tape.size(y), y, scaled, into=(y, scaled))
+        else:
+            scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, step)
+            self._fetch_states()
+            z, scaled = self._op(inner, zxbcdt), self._op(inner, convolved)
+            y = self._in_place(scaled, scan)
         y = self._op(inner, z, y)
         if self._has("ssm_norm"):
             y = self._norm_view(y, inner)
@@ -427,11 +450,11 @@ class LayerGraph:
         profile = self._profile
         inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
         xz = self._project("ssm_in", x)
-        convolved = self._convolution(xz, inner, profile.integer("ssm.conv_kernel"))
+        convolved = self._convolution(xz, inner, profile.integer("ssm.conv_kernel"), *self._own_states)
         b_c_dt = self._project("ssm_x", convolved)
         step = self._project("ssm_dt", b_c_dt)
         scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, b_c_dt, step)
-        self._fetch_states(inner)
+        self._fetch_states()
         z = self._op(inner, xz)
         y = self._in_place(self._op(inner, convolved), scan)
         y = self._op(inner, z, y)
@@ -545,6 +568,7 @@ class LayerGraph:
         if self._profile.integer("altup.num_inputs"):
             return self._alternating_layer()
         x = RESIDUAL
+        self._own_states = self._first_states()
         late = self._profile.architecture in LATE_OUTPUTS
         crop = last and not late
         if normed:
@@ -554,6 +578,7 @@ class LayerGraph:
         else:
             cur = x
         attention_input = cur
+        recurrent = is_recurrent(self._weights)
         mixed = self._mix(cur)
         parallel = not self._has("ffn_norm", "post_attention_norm", "attn_output_norm", "attn_post_norm", "ffn_pre_norm", "ln2")
         if mixed is not None:
@@ -567,7 +592,8 @@ class LayerGraph:
             elif parallel and self._has("ffn_up", "ffn_gate_inp"):
                 pass
             if not (parallel and self._has("ffn_up", "ffn_gate_inp")):
-                x = cur = self._add(cur, x)
+                # what recurrent layers return is a view, whose memory a sum cannot take over
+                x = cur = self._op(self._width, cur, x, into=(x,)) if recurrent else self._add(cur, x)
         elif crop:
             cur, x = self._crop(cur, x)
         if not self._has("ffn_up", "ffn_gate_inp"):
