@@ -225,12 +225,12 @@ def test_answers_take_the_time_that_their_durations_say():
 
 
 def test_one_answer_at_a_time_where_there_is_one_slot():
-    """``OLLAMA_NUM_PARALLEL`` is 1 by default: a second request waits for the first."""
-    server = simulator(time_scale=0.05)
+    """``OLLAMA_NUM_PARALLEL`` is 1 by default: a second request waits for the first. A 32B takes over a second."""
+    server = simulator(time_scale=0.1)
     with serve(create_app(server)) as url:
-        ask = {"model": MODEL, "prompt": "x", "stream": False}
+        ask = {"model": "qwen2.5:32b", "prompt": "x", "stream": False, "options": {"num_ctx": 4096}}
         alone = httpx.post(f"{url}/api/generate", json=ask, timeout=30).json()
-        answer_s = 0.05 * (alone["prompt_eval_duration"] + alone["eval_duration"]) / 1e9
+        answer_s = 0.1 * (alone["prompt_eval_duration"] + alone["eval_duration"]) / 1e9
         post = partial(httpx.post, f"{url}/api/generate", json=ask, timeout=30)
         threads = [threading.Thread(target=post) for _ in range(3)]
         start = time.monotonic()
