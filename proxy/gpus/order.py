@@ -45,7 +45,7 @@ def in_ollama_order(gpus: Sequence[Gpu], order: DeviceOrder) -> tuple[Gpu, ...]:
     """
     by_pci = sorted(gpus, key=lambda gpu: (gpu.pci_id or "", gpu.uuid))
     cuda = by_pci if order.by_pci else _fastest_first(by_pci)
-    visible = cuda if order.visible is None else _visible(cuda, order.visible)
+    visible = cuda if order.visible is None else visible_gpus(cuda, order.visible)
     return _named_first(visible, order.names)
 
 
@@ -65,12 +65,12 @@ def _fastest_first(by_pci: list[Gpu]) -> list[Gpu]:
     return [gpu for gpu in by_pci if gpu is fastest] + [gpu for gpu in by_pci if gpu is not fastest]
 
 
-def _visible(cuda: list[Gpu], visible: str) -> list[Gpu]:
+def visible_gpus(cuda: Sequence[Gpu], visible: str) -> list[Gpu]:
     """What CUDA shows: it reads indices or UUIDs (or their beginnings) up to the first that means no device, or one twice."""
     shown: list[Gpu] = []
     for entry in (part.strip() for part in visible.split(",")):
         if entry.isdecimal():
-            found = cuda[int(entry) : int(entry) + 1]
+            found = list(cuda[int(entry) : int(entry) + 1])
         else:
             found = [gpu for gpu in cuda if entry and gpu.uuid.startswith(entry)]
         if len(found) != 1:

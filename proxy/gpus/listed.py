@@ -1,0 +1,82 @@
+"""GPUs as ``llama-server --list-devices`` lists them, where NVML knows none: ROCm, Vulkan, other machines' over RPC.
+
+One device a line after ``Available devices:`` (``common_print_available_devices`` in ``common/arg.cpp``, llama.cpp b10488)::
+
+    CUDA0: NVIDIA GeForce RTX 5090 (32606 MiB, 31500 MiB free)
+    RPC0: 192.168.1.7:50052 (24259 MiB, 23700 MiB free)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from planner.hardware import Gpu, Host, Rig
+from proxy.errors import GpuError
+from proxy.gpus.specs import find_card
+
+MIB = 2**20
+
+_LINE = re.compile(r"^ +([A-Za-z]+)(\d+): (.*) \((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedDevice:
+    """One line. ``name`` is what ``--device`` calls it: its library and its number there."""
+
+    name: str
+    library: str
+    description: str
+    total_bytes: int
+    free_bytes: int
+
+
+def parse_listing(text: str) -> tuple[ListedDevice, ...]:
+    """The devices in the order of the list; other lines are passed over, and so are devices without a number (``BLAS``)."""
+    return tuple(
+        ListedDevice(
+            name=library + number,
+            library=library,
+            description=description,
+            total_bytes=int(total_mib) * MIB,
+            free_bytes=min(int(free_mib), int(total_mib)) * MIB,
+        )
+        for library, number, description, total_mib, free_mib in _LINE.findall(text)
+    )
+
+
+def rig_of(devices: Iterable[ListedDevice], *, known: Mapping[str, Gpu] | None = None, host: Host | None = None) -> Rig:
+    """The rig of a list, in its order. ``known`` has what else is known of a device by its name.
+
+    A card that is not known is looked up in the table of cards by its description, and else only its memory is known. A list
+    says no UUID, so the device's name stands for it.
+    """
+    return Rig(gpus=tuple(_gpu(device, (known or {}).get(device.name)) for device in devices), host=host or Host())
+
+
+def _gpu(device: ListedDevice, known: Gpu | None) -> Gpu:
+    if known is not None:
+        total_bytes = max(known.total_bytes, device.free_bytes)
+        return replace(known, total_bytes=total_bytes, free_bytes=device.free_bytes)
+    gpu = Gpu(
+        uuid=device.name,
+        name=device.description,
+        total_bytes=device.total_bytes,
+        free_bytes=device.free_bytes,
+        library=device.library,
+    )
+    try:
+        card = find_card(device.description)
+    except GpuError:
+        return gpu
+    return replace(
+        gpu,
+        compute_capability=card.compute_capability,
+        sm_count=card.sm_count,
+        clock_mhz=card.clock_mhz,
+        bandwidth_bytes_per_s=card.bandwidth_bytes_per_s,
+        pcie_generation=card.pcie_generation,
+        pcie_width=card.pcie_width,
+        integrated=card.integrated,
+    )

@@ -1,0 +1,49 @@
+"""Lists of devices as llama-server prints them."""
+
+from planner.hardware import Gpu
+from proxy.gpus.listed import parse_listing, rig_of
+
+MIB = 2**20
+
+PRINTED = """\
+ggml_cuda_init: found 2 CUDA devices (Total VRAM: 286742 MiB):
+  Device 0: NVIDIA H200, compute capability 9.0, VMM: yes, VRAM: 143371 MiB
+load_backend: loaded RPC backend from /usr/lib/ollama/libggml-rpc.so
+Available devices:
+  CUDA0: NVIDIA GeForce RTX 3090 (24124 MiB, 23700 MiB free)
+  ROCm0: AMD Radeon RX 7900 XTX (24560 MiB, 24510 MiB free)
+  Vulkan1: Some Card (Mesa) (8192 MiB, 9000 MiB free)
+  RPC0: 127.0.0.1:50052 (7953 MiB, 7001 MiB free)
+  BLAS: OpenBLAS (0 MiB, 0 MiB free)
+"""
+
+
+def test_devices_are_listed_in_order_and_other_lines_passed_over():
+    devices = parse_listing(PRINTED)
+    assert [device.name for device in devices] == ["CUDA0", "ROCm0", "Vulkan1", "RPC0"]
+    assert [device.library for device in devices] == ["CUDA", "ROCm", "Vulkan", "RPC"]
+    assert devices[0].total_bytes == 24124 * MIB
+    assert devices[0].free_bytes == 23700 * MIB
+    assert devices[3].description == "127.0.0.1:50052"
+
+
+def test_a_device_has_no_more_free_than_it_has():
+    assert parse_listing(PRINTED)[2].free_bytes == 8192 * MIB
+
+
+def test_an_empty_list_has_no_devices():
+    assert parse_listing("Available devices:\n  (none)\n") == ()
+
+
+def test_cards_of_the_table_are_known_and_others_by_their_memory_alone():
+    cuda, rocm, vulkan, rpc = rig_of(parse_listing(PRINTED)).gpus
+    assert (cuda.sm_count, cuda.compute_capability, cuda.free_bytes) == (82, (8, 6), 23700 * MIB)
+    assert (rocm.sm_count, rocm.library) == (96, "ROCm")
+    assert (vulkan.sm_count, vulkan.name, vulkan.uuid) == (None, "Some Card (Mesa)", "Vulkan1")
+    assert (rpc.bandwidth_bytes_per_s, rpc.uuid) == (None, "RPC0")
+
+
+def test_what_the_driver_knows_of_a_card_wins_but_for_what_is_free():
+    known = Gpu(uuid="GPU-1", name="NVIDIA GeForce RTX 3090", total_bytes=24576 * MIB, free_bytes=MIB, sm_count=80)
+    gpu = rig_of(parse_listing(PRINTED), known={"CUDA0": known}).gpus[0]
+    assert (gpu.uuid, gpu.sm_count, gpu.total_bytes, gpu.free_bytes) == ("GPU-1", 80, 24576 * MIB, 23700 * MIB)
