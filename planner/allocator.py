@@ -1,8 +1,8 @@
 """llama.cpp's graph allocator: how large a compute buffer becomes when tensors of given sizes come and go.
 
-A port of ``ggml_dyn_tallocr`` (``ggml/src/ggml-alloc.c``, llama.cpp b10488): a tensor goes into the smallest hole that holds it (the
-last of equal ones), else to the end; neighbouring holes merge; the buffer is as large as the highest byte ever used. The holes
-that are left between large tensors are why a buffer can be a third larger than what lives in it at any time.
+A port of ``ggml_dyn_tallocr`` (``ggml/src/ggml-alloc.c``, llama.cpp b10488): a tensor goes into the smallest hole that holds it
+(the last of equal ones), else to the end; neighbouring holes merge; the buffer is as large as the highest byte ever used. The
+holes that are left between large tensors are why a buffer can be a third larger than what lives in it at any time.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """What a layer remembers between tokens: KV cells, a recurrent state, or both; in bytes, exact.
 
 Sources, llama.cpp b10488: ``llama_kv_cache`` (``src/llama-kv-cache.cpp``), ``llama_kv_cache_iswa`` (windows),
-``llama_kv_cache_dsa`` (indexer keys), ``llama_memory_recurrent``, ``llama_hparams::n_embd_{k_gqa,v_gqa,r,s}`` (``src/llama-hparams.cpp``)
-and the context rounding in the constructor of ``llama_context`` (``src/llama-context.cpp``).
+``llama_kv_cache_dsa`` (indexer keys), ``llama_memory_recurrent``, ``llama_hparams::n_embd_{k_gqa,v_gqa,r,s}``
+(``src/llama-hparams.cpp``) and the context rounding in the constructor of ``llama_context`` (``src/llama-context.cpp``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache as cached
 
 from planner.families import Family, family_of
 from planner.profile import ModelProfile, Tensor
@@ -36,7 +36,7 @@ def pad(n: int, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCache:
-    """What one layer keeps. ``cells`` counts those of one stream; rows are in elements; 0 cells: no attention cache of its own."""
+    """What one layer keeps: a row of keys and of values for each cell, and a state for each sequence, in elements."""
 
     windowed: bool
     key_elements: int
@@ -169,7 +169,7 @@ def _cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ..
     # without flash attention V is stored transposed, in rows of one width (llama_kv_cache, TAG_V_CACHE_VARIABLE)
     widest = 0 if settings.flash_attention else max((c.value_elements for c in caches), default=0)
 
-    @lru_cache(maxsize=None)
+    @cached
     def bytes_of(cache: LayerCache) -> int:
         size = settings.parallel * cache.state_elements * STATE_ELEMENT_BYTES
         if cache.owns_cache:

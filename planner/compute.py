@@ -1,9 +1,9 @@
 """Compute buffers: what the activations of one micro-batch take on each device and on the host.
 
-llama.cpp reserves the buffers once, for the largest graph (``llama_context::sched_reserve``, ``src/llama-context.cpp``, b10488), and
-cuts that graph into the parts that run on each device (``ggml_backend_sched_split_graph``, ``ggml/src/ggml-backend.cpp``). Here the part
-of one device is replayed through a port of its allocator. Layers of a kind leave the buffer in the same state soon, so that a
-hundred layers cost hardly more than three.
+llama.cpp (b10488) reserves the buffers once, for the largest graph (``llama_context::sched_reserve``, ``src/llama-context.cpp``),
+and cuts that graph into the parts that run on each device (``ggml_backend_sched_split_graph``, ``ggml/src/ggml-backend.cpp``).
+Here the part of one device is replayed through a port of its allocator. Layers of a kind leave the buffer in the same state
+soon, so that a hundred layers cost hardly more than three.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class DevicePart:
     * ``sends_norm``: the first norm of the next device's first layer is computed here.
     * ``output``: the output layer lies here.
     * ``copies``: of each input: 1, or ``PIPELINE_COPIES``.
-    * ``host_experts``: layers of this device whose routed experts lie in RAM.
+    * ``host_experts``: layers of this device whose routed experts lie in RAM; the first device computes them.
+    * ``foreign_experts``: those of other devices' layers, which this one, the first, computes.
     """
 
     layers: range
@@ -76,6 +77,7 @@ class DevicePart:
     output: bool = False
     copies: int = 1
     host_experts: frozenset[int] = frozenset()
+    foreign_experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,10 @@ class ComputeModel:
             signatures.setdefault((weight_signature(profile, i), self._caches[i], _place_in_model(profile, i)), i)
             for i in range(self._n)
         )
-        mask_element = F16 if settings.flash_attention else F32
+        fused = self._scale.flash_attention
+        mask_element = F16 if fused else F32
+        # without flash attention V is stored transposed, and each of its elements has an index (build_input_v_idxs)
+        indices = 2 if fused else 1 + max((cache.value_elements for cache in self._caches), default=1)
         tokens, width = self._scale.tokens, profile.embedding_length
         streams = max(profile.integer("altup.num_inputs"), 1)
         per_layer = profile.integer("embedding_length_per_layer_input") * profile.n_layers
@@ -113,7 +118,7 @@ class ComputeModel:
         }
         for offset, cells in ((0, self._scale.cells), (WINDOW, self._scale.window_cells)):
             self._sizes[MASK - offset] = align(cells * tokens * mask_element)
-            self._sizes[INDICES - offset] = align(2 * tokens * I64)
+            self._sizes[INDICES - offset] = align(indices * tokens * I64)
             for matrix in (KEY_ROTATION - offset, VALUE_ROTATION - offset):
                 self._sizes[matrix] = align(rotation_bytes(profile, self._scale, matrix))
         self._embedding_bytes = align(width * tokens * F32)
@@ -161,7 +166,7 @@ class ComputeModel:
         everything = [*part.visitors, *own]
         pinned = part.copies > 1
         arrival = [RESIDUAL] if part.first or not part.normed else [NORMED]
-        inputs = (
+        inputs: tuple[int, ...] = (
             ()
             if part.visitors
             else tuple(dict.fromkeys(name for i in own for name in self._reads(i, visiting=False) if name != PER_LAYER))
@@ -172,7 +177,7 @@ class ComputeModel:
             for _ in range(part.copies):
                 heap.allocate(size)
         if part.output and self._profile.architecture in LATE_OUTPUTS and not part.visitors:
-            inputs += (OUTPUT_ROWS,)
+            inputs = (*inputs, OUTPUT_ROWS)
         for name in (*arrival, *inputs, *late):
             size = self._embedding_bytes if name == RESIDUAL and part.first else self._sizes[name]
             for copy in range(part.copies):
@@ -207,6 +212,7 @@ class ComputeModel:
                     last=i == self._n - 1,
                     offloaded=i in part.visitors,
                     host_experts=i in part.host_experts,
+                    experts_away=i in part.host_experts and not part.first,
                     normed=begins and part.normed and not part.first,
                     brings=tuple(sorted(brings, reverse=True)),
                     has_states=i in fetched,
@@ -214,6 +220,8 @@ class ComputeModel:
                     kept=frozenset(kept),
                 ),
             )
+        for i in part.foreign_experts:
+            self._run(heap, slots, self._foreign(i))
         if part.sends_norm:
             heap.allocate(self._sizes[NORMED])
         if part.output:
@@ -225,8 +233,8 @@ class ComputeModel:
     def _hoisted(self, part: DevicePart) -> list[int]:
         """Inputs that Mamba layers exchange over the border of two devices.
 
-        ``build_rs`` puts a layer's state operations into the graph ahead of the last operations of the Mamba layer before it: where
-        that lies on another device, its gate is computed here (from the whole projection), and copied back.
+        ``build_rs`` puts a layer's state operations into the graph ahead of the last operations of the Mamba layer before it:
+        where that lies on another device, its gate is computed here (from the whole projection), and copied back.
         """
         mamba = self._mamba_layers
         own = [i for i in mamba if i in part.layers]
@@ -264,7 +272,7 @@ class ComputeModel:
     def _reads(self, i: int, *, visiting: bool) -> tuple[int, ...]:
         """Inputs of the graph that a layer reads on its device, in order."""
         cache = self._caches[i]
-        extra = (PER_LAYER,) if self._sizes[PER_LAYER] else ()
+        extra: tuple[int, ...] = (PER_LAYER,) if self._sizes[PER_LAYER] else ()
         if i == self._n - 1 and self._profile.architecture not in LATE_OUTPUTS:
             extra += (OUTPUT_ROWS,)
         if not cache.attends:
@@ -341,13 +349,14 @@ class ComputeModel:
         last: bool,
         offloaded: bool,
         host_experts: bool,
+        experts_away: bool,
         normed: bool,
         brings: tuple[int, ...],
         has_states: bool,
         fetches_states: bool,
         kept: frozenset[int],
     ) -> _Program:
-        key = (self._kinds[i], last, offloaded, host_experts, normed, brings, has_states, fetches_states, kept)
+        key = (self._kinds[i], last, offloaded, host_experts, experts_away, normed, brings, has_states, fetches_states, kept)
         if key in self._programs:
             return self._programs[key]
         graph = LayerGraph(
@@ -358,12 +367,23 @@ class ComputeModel:
             last=last,
             offloaded=offloaded,
             host_experts=host_experts,
+            experts="away" if experts_away else "here",
             normed=normed,
             brings={name: self._sizes[name] for name in brings},
             has_states=has_states,
             fetches_states=fetches_states,
         )
         return self._program(key, graph.tape, {RESIDUAL: graph.result, **graph.brought}, kept)
+
+    def _foreign(self, i: int) -> _Program:
+        """The routed experts of a layer of another device, whose weights lie in RAM."""
+        key = ("experts", self._kinds[i])
+        if key in self._programs:
+            return self._programs[key]
+        graph = LayerGraph(self._profile, i, self._caches[i], self._scale, host_experts=True, experts="only")
+        tape = graph.tape
+        tape.use(graph.result)
+        return self._program(key, tape, {}, frozenset(self._sizes))
 
     def _output(self) -> _Program:
         """The last norm, the choice of rows, and the logits."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from planner.cache import LayerCache, is_recurrent, sequence_ctx, ubatch_tokens, window_cells, window_tokens
 from planner.families import family_of
@@ -23,8 +24,9 @@ F32, F16, I32, I64 = 4, 2, 4, 8
 
 RESIDUAL, NORMED, PER_LAYER, POSITIONS, MASK, INDICES, KEY_ROTATION, VALUE_ROTATION, OUTPUT_ROWS, STATES = range(-1, -11, -1)
 """What lives when a layer begins: its input; that input normed, where the device before did that; per-layer embeddings; the
-tokens' positions; the attention mask; the cells that are written; matrices that rotate keys and values; the rows of the output; the
-convolution states of the next Mamba layer, fetched early. All but the first three and the mask are small, but lie where larger holes could join."""
+tokens' positions; the attention mask; the cells that are written; matrices that rotate keys and values; the rows of the
+output; the convolution states of the next Mamba layer, fetched early. All but the first three and the mask are small, but lie
+where larger holes could join."""
 
 WINDOW = 20
 """Layers with a window have a cache, a mask and matrices of their own: their names are lower by this."""
@@ -57,10 +59,28 @@ def scale_of(profile: ModelProfile, settings: LoadSettings) -> Scale:
         sequences=sequences,
         cells=tokens if encoder else sequence_ctx(settings),
         window_cells=tokens if encoder else window_cells(settings, window_tokens(profile)),
-        flash_attention=settings.flash_attention,
+        flash_attention=runs_flash_attention(profile, settings),
         keys=ggml_type("f16" if encoder else settings.kv_type_k),
         values=ggml_type("f16" if encoder else settings.kv_type_v),
     )
+
+
+FLASH_ATTENTION_HEADS = frozenset(
+    {(n, n) for n in (40, 64, 72, 80, 96, 112, 128, 256, 512)} | {(192, 128), (320, 256), (576, 512)}
+)
+"""Sizes of key and value heads for which CUDA has a kernel (``ggml_cuda_get_best_fattn_kernel``, ``ggml-cuda/fattn.cu``)."""
+
+
+def runs_flash_attention(profile: ModelProfile, settings: LoadSettings) -> bool:
+    """Whether attention is fused: asked for, and known to CUDA; ``--flash-attn auto`` falls back where it is not.
+
+    With quantized values there is no way back, so they count as fused.
+    """
+    heads = max(profile.integer("attention.head_count"), 1)
+    head = profile.embedding_length // heads
+    key, value = profile.integer("attention.key_length", head), profile.integer("attention.value_length", head)
+    known = not key or (key, value) in FLASH_ATTENTION_HEADS or not value
+    return settings.flash_attention and (known or ggml_type(settings.kv_type_v).block_size > 1)
 
 
 class LayerGraph:
@@ -70,7 +90,9 @@ class LayerGraph:
     * ``offloaded``: the layer lies in RAM; its weights and its cache are copied over as they are needed (``op_offload``).
     * ``host_experts``: only the routed experts lie in RAM.
     * ``normed``: the first norm came from the device before.
-    * ``has_states``, ``fetches_states``: the convolution states of a Mamba layer are fetched by the last layer before that looks at other tokens.
+    * ``has_states``, ``fetches_states``: a Mamba layer's convolution states are fetched by the layer before that mixes tokens.
+    * ``experts``: ``away``: they lie in RAM and the first device computes them; ``only``: this is that device's share of it,
+      with a second weight on its way.
     * ``brings``: bytes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
     """
 
@@ -88,6 +110,7 @@ class LayerGraph:
         brings: Mapping[int, int] | None = None,
         has_states: bool = False,
         fetches_states: bool = False,
+        experts: Literal["here", "away", "only"] = "here",
     ) -> None:
         self.tape = Tape()
         self._profile = profile
@@ -108,6 +131,12 @@ class LayerGraph:
         self._has_states = has_states
         self._fetches_states = fetches_states
         self._own_states: tuple[int, ...] = ()
+        self._experts_away = experts == "away"
+        if experts == "only":
+            spare = self.tape.op(max(t.bytes for name, t in self._weights.items() if "_exps" in name))
+            self.result = self._experts(self._op(self._width))
+            self.tape.use(spare)
+            return
         self.result = self._layer(last=last, normed=normed)
         for name in tuple(self._brings):
             self._bring(name)
@@ -214,7 +243,7 @@ class LayerGraph:
             self._fetch_states()
             weight = self._copied("attn_output.weight")
             return self._op(self._out("attn_output"), *weight, self._op(q_features))
-        result = self._attend(q, q_features, value_features)
+        result = self._attend(q, value_features)
         self._fetch_states()
         if gate is not None:
             result = self._in_place(result, self._in_place(gate))
@@ -281,7 +310,7 @@ class LayerGraph:
     def _cells(self) -> int:
         return self._scale.window_cells if self._cache.windowed else self._scale.cells
 
-    def _attend(self, q: int, q_features: int, value_features: int, *, latent: bool = False) -> int:
+    def _attend(self, q: int, value_features: int, *, latent: bool = False) -> int:
         """``build_attn_mha``: one fused operation, or the scores as a matrix."""
         scale, cache = self._scale, self._cache
         heads = self._profile.per_layer("attention.head_count")[self._index]
@@ -347,7 +376,7 @@ class LayerGraph:
         key_position = self._op(rope, compressed, self.brought.get(POSITIONS, POSITIONS))
         key = self._op(self._cache.key_elements, value, key_position)
         self._store(key)
-        result = self._attend(query, heads * self._cache.key_elements, rank, latent=True)
+        result = self._attend(query, rank, latent=True)
         result = self._op(heads * value_head, result, *self._copied("attn_v_b.weight"))
         result = self._op(heads * value_head, result)
         return self._project("attn_output", result)
@@ -369,7 +398,7 @@ class LayerGraph:
         key = self._op(key_features, expanded, self._op(rope, compressed))
         self._store(key)
         self._store(value)
-        return self._project("attn_output", self._attend(query, key_features, value_features))
+        return self._project("attn_output", self._attend(query, value_features))
 
     # recurrent layers
 
@@ -511,6 +540,9 @@ class LayerGraph:
         chosen = self.tape.op(experts * tokens * I32, biased)
         weights = self._op(used, probabilities, chosen)
         weights = self._op(used, weights)
+        if self._experts_away:
+            self.tape.use(x, chosen, weights)
+            return self._op(self._width)
         if profile.architecture == "llama4":  # weighted before the experts, not after
             x = self._in_place(self._op(used * self._width, x), weights)
         if self._has("ffn_gate_up_exps"):
@@ -716,7 +748,7 @@ VALUE_ROTATION_ROWS = 64
 
 
 def rotation_bytes(profile: ModelProfile, scale: Scale, matrix: int) -> int:
-    """Bytes of the Hadamard matrix for keys or values; 0 where ``llama_kv_cache`` rotates nothing: no quantized cache, other heads."""
+    """Bytes of the Hadamard matrix for keys or values; 0 where ``llama_kv_cache`` rotates nothing."""
     windowed, matrix = matrix < -WINDOW, matrix + WINDOW if matrix < -WINDOW else matrix
     kind, cache_type = ("key", scale.keys) if matrix == KEY_ROTATION else ("value", scale.values)
     head = profile.integer(

@@ -65,6 +65,7 @@ def estimate_memory(
             output=output,
             copies=copies,
             host_experts=placement.cpu_experts & frozenset(run),
+            foreign_experts=() if place else tuple(sorted(i for i in placement.cpu_experts if i >= run.stop)),
         )
         devices[gpu] = DeviceMemory(
             weights_bytes=sum(

@@ -29,8 +29,7 @@ FIRST_LAYER_TENSORS = frozenset(
 """Tensors of ``LLM_TENSOR_LAYER_REPEATING`` without a layer number: created as layer 0's (``tn(…, 0)``)."""
 
 ENCODERS = frozenset(
-    {"bert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert"}
-    | {"nomic-bert-moe"}
+    {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert"} | {"nomic-bert-moe"}
 )
 """Architectures without an output matrix, so that a file without one has no tied one either."""
 

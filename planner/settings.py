@@ -14,9 +14,9 @@ class LoadSettings:
     ``num_ctx`` is the context of one sequence in tokens; ``-c`` is ``num_ctx · parallel``. ``batch`` and ``ubatch`` are
     ``-b`` and ``-ub`` in tokens. Cache types are names from ``quantization.CACHE_TYPE_NAMES``.
 
-    ``outputs`` is the number of tokens of a micro-batch for which logits are reserved. llama-server b10488 reserves one for each
-    sequence (``server_output_limits`` in ``tools/server/server-context.cpp``): set it to ``parallel``. ``None`` means every token:
-    what ``llama-fit-params``, embedding models and earlier releases reserve, and never too little.
+    ``outputs`` is the number of tokens of a micro-batch for which logits are reserved. llama-server b10488 reserves one for
+    each sequence (``server_output_limits`` in ``tools/server/server-context.cpp``): set it to ``parallel``. ``None`` means
+    every token: what ``llama-fit-params``, embedding models and earlier releases reserve, and never too little.
     """
 
     num_ctx: int = 4096

@@ -1,8 +1,8 @@
 """A layer's tensors in the order in which llama.cpp computes them, and when each one's memory is free again.
 
 ``Tape`` records operations: bytes of the result, what it reads, and whose memory it may take over. ``compile`` turns them into
-allocations and releases by ``ggml_gallocr_alloc_graph_impl`` (``ggml/src/ggml-alloc.c``, llama.cpp b10488): a tensor lives until its
-last reader has run; an element-wise result takes over the memory of an operand that nobody else will read.
+allocations and releases by ``ggml_gallocr_alloc_graph_impl`` (``ggml/src/ggml-alloc.c``, llama.cpp b10488): a tensor lives until
+its last reader has run; an element-wise result takes over the memory of an operand that nobody else will read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from planner.allocator import Step, align
 
 
 class Tape:
-    """Records operations. Tensors are numbered from 0; negative numbers are the caller's: tensors that live when the tape begins."""
+    """Records operations. Tensors are numbered from 0; negative numbers are the caller's, which live when the tape begins."""
 
     def __init__(self) -> None:
         self._operations: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
@@ -37,7 +37,7 @@ class Tape:
     ) -> tuple[tuple[Step, ...], tuple[tuple[int, int], ...]]:
         """Steps, and ``(name, slot)`` of each exported tensor: those outlive the tape, under the caller's names.
 
-        ``exports``: name -> tensor. ``sizes``: bytes of the caller's tensors; those in ``kept`` are never released nor taken over.
+        ``exports``: name -> tensor. ``sizes``: bytes of the caller's tensors; those in ``kept`` are never released or taken over.
         """
         size_of = dict(sizes)
         readers: Counter[int] = Counter(read for _, reads, _ in self._operations for read in reads)

@@ -1,0 +1,159 @@
+"""`lopsided estimate FILE`: the bytes on each device, as a table or as JSON, without loading anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from planner.memory import MIB, DeviceMemory, LoadSettings, estimate_memory
+from planner.placement import Placement, on_cpu, solo
+from planner.profile import ModelProfile
+from planner.quantization import CACHE_TYPE_NAMES
+from proxy.gguf import read_profile
+from proxy.tables import new_table
+
+PARTS: Mapping[str, str] = {
+    "weights_mib": "weights",
+    "kv_mib": "KV / state",
+    "compute_mib": "compute",
+    "runtime_mib": "runtime",
+    "total_mib": "total",
+}
+"""JSON keys of a device's parts, and what the table calls them."""
+
+
+def placement_of(n_layers: int, split: tuple[int, ...], *, cpu_experts: int = 0) -> Placement:
+    """The placement that ``--split`` describes: layers of each device in order, the output layer counted as the last of them.
+
+    Layers that are not counted, the lowest, stay on the CPU, as with ``-ngl``; an empty split is one device with everything.
+    ``cpu_experts``: the routed experts of so many of the lowest layers stay in RAM. Raises ``ValueError`` for more layers than
+    there are.
+    """
+    offloaded = sum(split)
+    if not split:
+        placement = solo(0, n_gpus=1, n_layers=n_layers)
+    elif offloaded > n_layers + 1:
+        raise ValueError(f"the split counts {offloaded} layers, but the model has {n_layers} and the output layer")
+    elif not offloaded:
+        placement = on_cpu(n_gpus=len(split), n_layers=n_layers)
+    else:
+        holders = tuple(gpu for gpu, count in enumerate(split) if count)
+        placement = Placement(
+            layers=tuple(count - (gpu == holders[-1]) for gpu, count in enumerate(split)),
+            order=holders,
+            output_gpu=holders[-1],
+            cpu_layers=n_layers + 1 - offloaded,
+        )
+    if not cpu_experts:
+        return placement
+    return Placement(
+        layers=placement.layers,
+        order=placement.order,
+        output_gpu=placement.output_gpu,
+        cpu_layers=placement.cpu_layers,
+        cpu_experts=frozenset(range(placement.cpu_layers, min(cpu_experts, n_layers))),
+    )
+
+
+def estimate_json(
+    profile: ModelProfile, settings: LoadSettings, placement: Placement, *, runtime_bytes: int = 0
+) -> dict[str, Any]:
+    """What ``--json`` prints: MiB of each part on each device and on the host; the total includes the runtime."""
+    runtimes = [runtime_bytes] * len(placement.layers)
+    memory = estimate_memory(profile, settings, placement, runtime_bytes=runtimes)
+    return {
+        "devices": [{"name": f"GPU{i}", **_parts(device)} for i, device in enumerate(memory.devices)],
+        "host": _parts(memory.host),
+        "upper_bound": memory.upper_bound,
+    }
+
+
+def _parts(memory: DeviceMemory) -> dict[str, float]:
+    sizes = (memory.weights_bytes, memory.kv_bytes, memory.compute_bytes, memory.runtime_bytes, memory.total_bytes)
+    return dict(zip(PARTS, (round(size / MIB, 2) for size in sizes), strict=True))
+
+
+def estimate_table(value: Mapping[str, Any]) -> Table:
+    """The table of what ``estimate_json`` returned."""
+    title = "At most, MiB (unknown architecture)" if value["upper_bound"] else "MiB"
+    table = new_table("", *PARTS.values(), title=title, right=PARTS.values())
+    for row in (*value["devices"], {"name": "host", **value["host"]}):
+        table.add_row(row["name"], *(f"{row[key]:.0f}" for key in PARTS))
+    return table
+
+
+def parse_split(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """``43,38`` -> ``(43, 38)``."""
+    try:
+        counts = tuple(int(part) for part in (value or "").split(",") if part.strip())
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of layer counts such as 43,38") from error
+    if any(count < 0 for count in counts):
+        raise click.BadParameter("a number of layers cannot be negative")
+    return counts
+
+
+_TOKENS = click.IntRange(min=1)
+_CACHE_TYPE = click.Choice(CACHE_TYPE_NAMES, case_sensitive=False)
+
+
+@click.command("estimate")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--ctx", default=4096, show_default=True, type=_TOKENS, help="Context of one sequence, in tokens.")
+@click.option("--batch", default=2048, show_default=True, type=_TOKENS, help="llama-server's -b.")
+@click.option("--ubatch", default=512, show_default=True, type=_TOKENS, help="llama-server's -ub.")
+@click.option("--kv-type-k", default="f16", show_default=True, type=_CACHE_TYPE)
+@click.option("--kv-type-v", default="f16", show_default=True, type=_CACHE_TYPE)
+@click.option("--parallel", default=1, show_default=True, type=_TOKENS, help="Sequences at a time.")
+@click.option("--flash-attention/--no-flash-attention", default=True, show_default=True)
+@click.option(
+    "--split", callback=parse_split, metavar="N,N,...", help="Layers of each GPU, the output layer counted; the rest: CPU."
+)
+@click.option("--cpu-experts", default=0, type=click.IntRange(min=0), help="Lowest layers whose routed experts stay in RAM.")
+@click.option(
+    "--outputs", type=_TOKENS, help="Tokens with logits in a micro-batch: llama-server reserves 1 a sequence. [default: all]"
+)
+@click.option("--runtime-mib", default=0, type=click.IntRange(min=0), help="CUDA context and workspaces of each GPU.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def estimate_command(
+    file: Path,
+    ctx: int,
+    batch: int,
+    ubatch: int,
+    kv_type_k: str,
+    kv_type_v: str,
+    parallel: int,
+    flash_attention: bool,
+    split: tuple[int, ...],
+    cpu_experts: int,
+    outputs: int | None,
+    runtime_mib: int,
+    as_json: bool,
+) -> None:
+    """MiB on each device for a GGUF FILE; only its header is read."""
+    profile = read_profile(file)
+    settings = LoadSettings(
+        num_ctx=ctx,
+        parallel=parallel,
+        batch=batch,
+        ubatch=ubatch,
+        kv_type_k=kv_type_k,
+        kv_type_v=kv_type_v,
+        flash_attention=flash_attention,
+        outputs=outputs,
+    )
+    try:
+        placement = placement_of(profile.n_layers, split, cpu_experts=cpu_experts)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    value = estimate_json(profile, settings, placement, runtime_bytes=runtime_mib * MIB)
+    if as_json:
+        click.echo(json.dumps(value, indent=2))
+    else:
+        Console(soft_wrap=True).print(estimate_table(value))
