@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import json
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -64,6 +66,9 @@ def main() -> None:
 
     Settings come from the environment and from lopsided.toml; `lopsided doctor` shows what they lead to.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that lacks ≥ gets ?, not an error
 
 
 gpu_option = click.option(

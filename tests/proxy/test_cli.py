@@ -206,6 +206,19 @@ def test_the_plan_follows_the_version_of_ollama_that_is_named():
     assert "stock Ollama ≤ 0.24 (yours)" in text
 
 
+def test_a_console_without_the_signs_gets_others():
+    done = subprocess.run(
+        [*COMMAND, "plan", LLAMA_70B, *PAIR],
+        env=clean(PYTHONIOENCODING="latin-1"),
+        capture_output=True,
+        encoding="latin-1",
+        timeout=ANSWER_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "stock Ollama ? 0.30" in done.stdout
+
+
 def test_output_into_a_closed_pipe_is_no_accident():
     reader, writer = os.pipe()
     os.close(reader)
