@@ -9,7 +9,9 @@ from importlib.metadata import version
 
 import httpx
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from planner.plan import make_plan
 from proxy.access import has_token, is_local_host, is_local_origin
@@ -140,6 +142,15 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
     async def explain(_: Request, error: LopsidedError) -> JSONResponse:
         status = 502 if isinstance(error, UpstreamError) else 503 if isinstance(error, GpuError) else 404
         return JSONResponse({"error": f"lopsided: {error}"}, status_code=status)
+
+    @own.exception_handler(RequestValidationError)
+    async def refuse(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return JSONResponse({"error": f"lopsided: {first['loc'][-1]}: {first['msg']}"}, status_code=422)
+
+    @own.exception_handler(HTTPException)
+    async def name(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": f"lopsided: {error.detail}"}, status_code=error.status_code)
 
     @own.get("/lopsided/health")
     async def health() -> dict[str, str]:

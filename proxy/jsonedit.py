@@ -140,7 +140,7 @@ def decode(text: bytes, member: Member, *, limit_bytes: int = 4096) -> Any:
 
 
 def _encode(value: Any) -> bytes:
-    return json.dumps(value).encode("ascii")
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
 class _Scan:
