@@ -34,6 +34,7 @@ from planner.graph import (
     LayerGraph,
     attends_in_ram,
     is_mamba,
+    next_mamba,
     rotates,
     rotation_bytes,
     scale_of,
@@ -141,7 +142,7 @@ class ComputeModel:
         read = {name for i in range(self._n) for name in self._reads(i, visiting=False)} - {PER_LAYER}
         masks = sum(self._sizes[name] for name in read)
         handed = max((self._handed_bytes(i) for i in visitors), default=0)
-        embedding = self._embedding_bytes + self._sizes[PER_LAYER]
+        embedding = self._embedding_bytes * (1 + self._adds_positions) + self._sizes[PER_LAYER]
         return self._embedding_bytes + masks * copies + max(embedding, handed)
 
     def _handed_bytes(self, i: int) -> int:
@@ -166,6 +167,7 @@ class ComputeModel:
         everything = [*part.visitors, *own]
         pinned = part.copies > 1
         arrival = [RESIDUAL] if part.first or not part.normed else [NORMED]
+        arrival += [NORMED] if part.first and self._adds_positions else []
         inputs: tuple[int, ...] = (
             ()
             if part.visitors
@@ -187,7 +189,11 @@ class ComputeModel:
         if part.first:
             self._run(heap, slots, self._prelude(pinned))
         mixers = [i for i in everything if i in self._mamba_layers or self._caches[i].attends]
-        fetched = {b: a for a, b in pairwise(mixers) if b in self._mamba_layers and b in part.layers}
+        fetched = {
+            b: a
+            for a, b in pairwise(mixers)
+            if b in part.layers and is_mamba(self._profile.layer_tensors[b]) and next_mamba(self._profile, a) == b
+        }
         readers: dict[int, list[int]] = {}
         for i in everything:
             for name in self._reads(i, visiting=i in part.visitors):
@@ -239,9 +245,13 @@ class ComputeModel:
         mamba = self._mamba_layers
         own = [i for i in mamba if i in part.layers]
         sizes = []
-        if own and own[0] != mamba[0] and not part.first:
+
+        def fetched_early(later: int) -> bool:
+            return next_mamba(self._profile, mamba[mamba.index(later) - 1]) is not None
+
+        if own and own[0] != mamba[0] and not part.first and fetched_early(own[0]):
             sizes.append(align(self._profile.layer_tensors[own[0]]["ssm_in.weight"].shape[1] * self._scale.tokens * F32))
-        if own and own[-1] != mamba[-1] and part.layers.stop <= mamba[-1]:
+        if own and own[-1] != mamba[-1] and fetched_early(mamba[mamba.index(own[-1]) + 1]):
             sizes.append(align(self._profile.integer("ssm.inner_size") * self._scale.tokens * F32))
         return sizes
 
@@ -313,7 +323,12 @@ class ComputeModel:
 
     @property
     def _has_prelude(self) -> bool:
-        return scales_embedding(self._profile) or bool(self._sizes[PER_LAYER])
+        return scales_embedding(self._profile) or self._adds_positions or bool(self._sizes[PER_LAYER])
+
+    @property
+    def _adds_positions(self) -> bool:
+        """Whether a table of positions is added to the embedding: it arrives beside it, as ``NORMED``."""
+        return "position_embd.weight" in self._profile.model_tensors
 
     def _prelude(self, pinned: bool) -> _Program:
         """What happens to the embedding before the first layer."""
@@ -325,6 +340,8 @@ class ComputeModel:
         exports: dict[int, int] = {}
         if scales_embedding(self._profile):
             result = tape.op(self._embedding_bytes, RESIDUAL, into=(RESIDUAL,))
+        elif self._adds_positions:
+            result = tape.op(self._embedding_bytes, RESIDUAL, NORMED, into=(RESIDUAL, NORMED))
         if self._sizes[PER_LAYER]:
             size = self._sizes[PER_LAYER]
             rows = tape.op(size)
@@ -338,7 +355,9 @@ class ComputeModel:
         if result != RESIDUAL:
             exports[RESIDUAL] = result
         sizes = {**self._sizes, RESIDUAL: self._embedding_bytes}
-        steps, found = tape.compile(exports, sizes=sizes, kept=frozenset({RESIDUAL} if pinned else ()) if exports else {RESIDUAL})
+        steps, found = tape.compile(
+            exports, sizes=sizes, kept=frozenset({RESIDUAL, NORMED} if pinned else ()) if exports else {RESIDUAL}
+        )
         self._programs[key] = _Program(len(self._programs), steps, found)
         return self._programs[key]
 

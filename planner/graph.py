@@ -131,6 +131,7 @@ class LayerGraph:
         self._has_states = has_states
         self._fetches_states = fetches_states
         self._own_states: tuple[int, ...] = ()
+        self._projects_late = profile.architecture in PROJECTS_LATE
         self._experts_away = experts == "away"
         if experts == "only":
             spare = self.tape.op(max(t.bytes for name, t in self._weights.items() if "_exps" in name))
@@ -190,6 +191,12 @@ class LayerGraph:
         queries = () if self._has("attn_k_b") else (POSITIONS, self._key_rotation) if name in ("attn_q", "attn_qkv") else ()
         return queries + ((self._value_rotation,) if name in ("attn_v", "attn_qkv") else ())
 
+    def _rotated_view(self, x: int, whole: int, features: int, matrix: int) -> int:
+        """The same of a part of a larger tensor, which has to be made contiguous first."""
+        if x == whole and self._rotation(matrix):
+            x = self._op(features, whole)
+        return self._rotated(x, features, matrix)
+
     def _rotation(self, matrix: int) -> int:
         return rotation_bytes(self._profile, self._scale, matrix)
 
@@ -220,13 +227,10 @@ class LayerGraph:
         gate = None
         if self._has("attn_qkv"):
             fused = self._project("attn_qkv", x)
-            q = self._positioned("attn_q_norm", fused, q_features)
-            q = self._rotated(q, q_features, self._key_rotation)
-            v = fused
-            if self._rotation(self._value_rotation):  # of a contiguous copy
-                v = self._rotated(self._op(value_features, fused), value_features, self._value_rotation)
+            q = self._rotated_view(self._positioned("attn_q_norm", fused, q_features), fused, q_features, self._key_rotation)
+            v = self._rotated_view(fused, fused, value_features, self._value_rotation)
             k = self._positioned("attn_k_norm", fused, cache.key_elements)
-            k = self._rotated(k, cache.key_elements, self._key_rotation)
+            k = self._rotated_view(k, fused, cache.key_elements, self._key_rotation)
             self._store(k)
             self._store(v)
         else:
@@ -251,6 +255,8 @@ class LayerGraph:
             result = self._in_place(result, self._in_place(self._project("attn_gate", x)))
         if self._has("attn_sub_norm"):
             result = self._norm_view(result, self._out("attn_output"))
+        if self._projects_late:
+            return result
         return self._project("attn_output", result) if self._has("attn_output") else result
 
     def _query_features(self) -> int:
@@ -347,7 +353,7 @@ class LayerGraph:
             elif values.name != "F16":
                 extra += cells * value_features * F16
             result = self.tape.op(out_features * self._tokens * F32 + extra, *reads)
-            return result if latent else self._rotated(result, out_features, self._value_rotation)
+            return result if latent or self._projects_late else self._rotated(result, out_features, self._value_rotation)
         scores = self.tape.op(self._cells() * self._tokens * heads * F32, q, *copies[:1])
         scores = self._in_place(scores, mask)
         result = self._op(out_features, scores, *copies[1:])
@@ -617,6 +623,8 @@ class LayerGraph:
             cur = mixed
             if self._has("post_attention_norm") and self._has("post_ffw_norm", "ffn_norm"):
                 cur = self._norm(cur)
+            if crop and self._projects_late:
+                cur = self._late_projection(cur)
             if crop:
                 cur, x = self._crop(cur, x)
                 if parallel and self._has("ffn_up", "ffn_gate_inp"):
@@ -625,13 +633,17 @@ class LayerGraph:
                 pass
             if not (parallel and self._has("ffn_up", "ffn_gate_inp")):
                 # what recurrent layers return is a view, whose memory a sum cannot take over
-                x = cur = self._op(self._width, cur, x, into=(x,)) if recurrent else self._add(cur, x)
+                into = (x,) if recurrent else (x, cur) if self._profile.architecture in SUMS_INTO_RESIDUAL else (cur, x)
+                x = cur = self._op(self._width, cur, x, into=into)
         elif crop:
             cur, x = self._crop(cur, x)
         if not self._has("ffn_up", "ffn_gate_inp"):
             return x
         if parallel and mixed is not None:
             out = self._ffn(attention_input)
+            if self._projects_late and not crop:
+                out = self._add(out, x)
+                return self._add(out, self._late_projection(cur))
             return self._add(self._add(out, cur), x)
         if self._has("attn_output_norm"):
             x = self._norm(x)
@@ -654,6 +666,10 @@ class LayerGraph:
             gate = self._in_place(self._project("inp_gate", result), PER_LAYER)
             result = self._add(result, self._norm(self._project("proj", gate)))
         return result
+
+    def _late_projection(self, attended: int) -> int:
+        features = self._weights["attn_output.weight"].shape[0]
+        return self._project("attn_output", self._rotated(attended, features, self._value_rotation))
 
     def _crop(self, cur: int, x: int) -> tuple[int, int]:
         """``inp_out_ids``: go on with the tokens whose logits are wanted."""
@@ -718,7 +734,13 @@ LATE_OUTPUTS = frozenset(
 )
 """Architectures that choose the rows of the output after the last norm (``embeddings_nextn_masked``)."""
 
-RESIDUAL_FIRST = frozenset({"phi3", "phimoe"})
+SUMS_INTO_RESIDUAL = frozenset({"lfm2", "lfm2moe"})
+"""Architectures both of whose sums take over the residual's memory."""
+
+PROJECTS_LATE = frozenset({"command-r", "cohere2"})
+"""Architectures that project the result of attention only after the feed-forward beside it: ``add(add(ffn, x), attention)``."""
+
+RESIDUAL_FIRST = SUMS_INTO_RESIDUAL | {"phi3", "phimoe"}
 """Architectures whose last sum takes over the residual's memory: ``ggml_add(ctx0, residual, cur)``."""
 
 NO_ROTATION = frozenset(
@@ -770,10 +792,23 @@ def is_mamba(tensors: Mapping[str, Tensor]) -> bool:
     return "ssm_in.weight" in tensors and not any(name.startswith(("ssm_ba", "ssm_beta", "ssm_alpha")) for name in tensors)
 
 
+def next_mamba(profile: ModelProfile, index: int) -> int | None:
+    """The Mamba layer whose states are fetched right behind the attention or the scan of layer ``index``, if any.
+
+    ``build_rs`` puts them into the graph at once, while what follows in this layer waits for its reader; routed experts end the
+    wait (``build_moe_ffn`` calls ``ggml_build_forward_expand``).
+    """
+    for i in range(index, profile.n_computed_layers - 1):
+        if "ffn_gate_inp.weight" in profile.layer_tensors[i]:
+            return None
+        if is_mamba(profile.layer_tensors[i + 1]):
+            return i + 1
+    return None
+
+
 def attends_in_ram(profile: ModelProfile, index: int) -> bool:
     """Attention over a cache in RAM runs on the CPU where the states of a later Mamba layer are fetched right behind it."""
-    last = max((i for i, tensors in enumerate(profile.layer_tensors) if is_mamba(tensors)), default=0)
-    return index < last
+    return next_mamba(profile, index) is not None
 
 
 def rotates(profile: ModelProfile, cache: LayerCache) -> bool:
