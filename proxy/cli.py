@@ -29,6 +29,7 @@ from planner.power import power_shares, raw_powers
 from proxy.address import Address
 from proxy.doctor import Sight, judge, look
 from proxy.errors import GpuError, LopsidedError, SettingsError
+from proxy.estimate import estimate_command
 from proxy.gpus import GpuSource
 from proxy.gpus.nvml import NvmlSource
 from proxy.gpus.order import DeviceOrder
@@ -206,6 +207,9 @@ def demo(once: bool, era: Era, as_json: bool) -> None:
         )
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
+
+
+main.add_command(estimate_command)
 
 
 def gpu_source(settings: Settings, cards: tuple[str, ...] = ()) -> GpuSource:
