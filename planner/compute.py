@@ -98,11 +98,7 @@ class ComputeModel:
         self._caches = layer_caches(profile)
         self._scale = scale_of(profile, settings)
         self._n = profile.n_computed_layers
-        signatures: dict[object, int] = {}
-        self._kinds = tuple(
-            signatures.setdefault((weight_signature(profile, i), self._caches[i], _place_in_model(profile, i)), i)
-            for i in range(self._n)
-        )
+        self._kinds = layer_kinds(profile)
         fused = self._scale.flash_attention
         mask_element = F16 if fused else F32
         # without flash attention V is stored transposed, and each of its elements has an index (build_input_v_idxs)
@@ -130,12 +126,26 @@ class ComputeModel:
         self._programs: dict[object, _Program] = {}
         self._transitions: dict[object, tuple[State, int, dict[int, int]]] = {}
         self._parts: dict[DevicePart, int] = {}
+        self._alikes: dict[object, int] = {}
 
     def device_bytes(self, part: DevicePart) -> int:
         """Bytes of the compute buffer of a device."""
-        if part not in self._parts:
-            self._parts[part] = self._replay(part)
-        return self._parts[part]
+        known = self._parts.get(part)
+        if known is None:
+            alike = self._alike(part)
+            if alike not in self._alikes:
+                self._alikes[alike] = self._replay(part)
+            known = self._parts[part] = self._alikes[alike]
+        return known
+
+    def _alike(self, part: DevicePart) -> object:
+        """Equal for parts whose buffers are equal: layers of the same kinds in the same order, and the same inputs."""
+        kinds = tuple(self._kinds[i] for i in part.layers if i < self._n)
+        ends = part.layers.stop >= self._n
+        if part.visitors or part.host_experts or part.foreign_experts:
+            return part
+        inputs = (*self._hoisted(part), -1, *self._borrowed(part))
+        return kinds, ends, inputs, part.first, part.normed, part.sends_norm, part.output, part.copies
 
     def host_bytes(self, *, visitors: range, copies: int) -> int:
         """Bytes of the host's compute buffer: the inputs, and what layers in RAM hand over for their caches."""
@@ -428,6 +438,19 @@ class ComputeModel:
                 x = tape.op(width * scale.outputs * F32, x, OUTPUT_ROWS)
             exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
         return self._program(key, tape, exports, frozenset((MASK, MASK - WINDOW)))
+
+
+def layer_kinds(profile: ModelProfile) -> tuple[int, ...]:
+    """For each computed layer the first layer of its kind: with equal tensors, an equal cache, and an equal place in the model."""
+    found: tuple[int, ...] | None = profile.memo.get("layer_kinds")
+    if found is None:
+        first: dict[object, int] = {}
+        caches = layer_caches(profile)
+        found = profile.memo["layer_kinds"] = tuple(
+            first.setdefault((weight_signature(profile, i), caches[i], _place_in_model(profile, i)), i)
+            for i in range(profile.n_computed_layers)
+        )
+    return found
 
 
 def _place_in_model(profile: ModelProfile, i: int) -> object:
