@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -101,7 +102,8 @@ def serve(host: str | None, upstream: str | None) -> None:
             "set LOPSIDED_UPSTREAM to the address of Ollama"
         )
     listener = _listen(settings.host)
-    click.echo(f"lopsided  {settings.host.url}")
+    reached = settings.host.connectable()
+    click.echo(f"lopsided  {reached.url}" + ("" if reached == settings.host else "  on every address of this machine"))
     click.echo(f"Ollama    {settings.upstream.url}  {_ollama_text(seen)}")
     for line in _gpu_lines(seen):
         click.echo(line)
@@ -113,6 +115,12 @@ def serve(host: str | None, upstream: str | None) -> None:
         return
 
 
+def _version(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not re.match(r"v?\d+\.\d+", value):
+        raise click.BadParameter(f"{value!r} is no version such as 0.24.0")
+    return value
+
+
 @main.command()
 @click.argument("model", metavar="MODEL|FILE.gguf")
 @gpu_option
@@ -121,7 +129,12 @@ def serve(host: str | None, upstream: str | None) -> None:
 @click.option("--parallel", type=click.IntRange(1, 1024), help="Sequences at once (OLLAMA_NUM_PARALLEL, else 1).")
 @click.option("--kv-type", type=click.Choice(CACHE_TYPES), help="Type of the KV cache (OLLAMA_KV_CACHE_TYPE, else f16).")
 @click.option("--boost", metavar="1.0-2.0|auto", help="Factor of the boost algorithm (OLLAMA_SCHED_COMPUTE_BOOST, else auto).")
-@click.option("--ollama-version", metavar="VERSION", help="Plan for this Ollama, e.g. 0.24.0 (default: the one there is).")
+@click.option(
+    "--ollama-version",
+    metavar="VERSION",
+    callback=_version,
+    help="Plan for this Ollama, e.g. 0.24.0 (default: the one there is).",
+)
 @json_option
 def plan(
     model: str,
@@ -232,7 +245,8 @@ def _listen(address: Address) -> socket.socket:
         family, _, _, _, where = socket.getaddrinfo(
             address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(where, family=family, backlog=2048)
+        both = family == socket.AF_INET6 and where[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise click.ClickException(
@@ -283,7 +297,8 @@ def _print(report: RenderableType) -> None:
     if console.is_terminal:
         console.print(report)
         return
-    console.width = int(os.environ.get("COLUMNS") or PIPE_WIDTH)
+    if not os.environ.get("COLUMNS", "").isdigit():
+        console.width = PIPE_WIDTH
     with console.capture() as capture:
         console.print(report)
     click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,6 +108,7 @@ def test_help_lists_every_command_with_a_whole_sentence():
         (["plan", LLAMA_70B, *PAIR, "--boost", "2.1"], {}, "a number from 1.0 to 2.0"),
         (["plan", LLAMA_70B, *PAIR, "--kv-type", "q9"], {}, "q8_0"),
         (["plan", LLAMA_70B, *PAIR], {"OLLAMA_SCHED_COMPUTE_BOOST": "fast"}, "OLLAMA_SCHED_COMPUTE_BOOST = 'fast'"),
+        (["plan", LLAMA_70B, *PAIR, "--ollama-version", "new"], {}, "'new' is no version such as 0.24.0"),
         (["serve", "--host", "127.0.0.1:99999"], {}, "a port from 0 to 65535"),
         (["serve"], {"LOPSIDED_HOST": "127.0.0.1:11434"}, "LOPSIDED_UPSTREAM"),
         (["doctor"], {"OLLAMA_NUM_PARALLEL": "many"}, "OLLAMA_NUM_PARALLEL = 'many' is not allowed"),
@@ -266,6 +268,16 @@ def test_serve_starts_before_ollama_does_and_without_gpus():
         assert "Requests pass unchanged" in printed
         with httpx.Client(transport=httpx.HTTPTransport(retries=5), trust_env=False) as client:
             assert client.get(f"http://{own}/api/version").status_code == 502
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", *(["[::]"] if socket.has_dualstack_ipv6() else [])])
+def test_serve_on_every_address_is_reached_by_loopback_and_says_so(host):
+    port = free_port()
+    upstream = f"127.0.0.1:{free_port()}"
+    with running("serve", "--host", f"{host}:{port}", "--upstream", upstream, until="GPUs") as (_, printed):
+        assert "on every address of this machine" in printed
+        with httpx.Client(transport=httpx.HTTPTransport(retries=5), trust_env=False) as client:
+            assert client.get(f"http://127.0.0.1:{port}/lopsided/health").json()["name"] == "lopsided"
 
 
 def test_a_profile_that_says_nothing_is_refused_at_start(tmp_path):
