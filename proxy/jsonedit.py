@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 TOKEN_LIMIT = 1_000_000
 """Braces, brackets and strings that one scan looks at, about 0.3 s of work; beyond it the text counts as not understood."""
@@ -22,6 +21,7 @@ TOKEN_LIMIT = 1_000_000
 DEPTH_LIMIT = 10_000
 """Nested containers, as in Go's ``encoding/json``."""
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _BLANK = re.compile(rb"[ \t\n\r]*")
 _SCALAR = re.compile(rb"(?:true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)(?=[ \t\n\r,\]}]|$)")
 _MEMBER = re.compile(
@@ -36,8 +36,7 @@ class JsonError(ValueError):
     """The text is no JSON, or too large to be looked through."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One ``"key": value`` of an object: the decoded key, and where the member and its value begin and end."""
 
     key: str
@@ -63,12 +62,12 @@ def members(text: bytes, start: int = 0) -> tuple[Member, ...]:
         return ()
     while True:
         if match := _MEMBER.match(text, position):
-            scan.count()
             position = match.start(1) - 1
-            member = Member(key=_plain(match[1]), start=position, value_start=match.start(2), end=match.end(2))
+            member = Member(_plain(match[1]), position, *match.span(2))
             follower = match[3]
             position = match.end()
         else:
+            position = blank_end(text, position)
             key_end = scan.string_end(position)
             value_start = scan.expect(b":", key_end)
             end = scan.value_end(value_start)
@@ -81,7 +80,6 @@ def members(text: bytes, start: int = 0) -> tuple[Member, ...]:
             return tuple(found)
         if follower != b",":
             raise JsonError(f"expected a comma or a brace at byte {position - 1}")
-        position = blank_end(text, position)
 
 
 def edit(
@@ -134,13 +132,13 @@ def decode(text: bytes, member: Member, *, limit_bytes: int = 4096) -> Any:
     if member.end - member.value_start > limit_bytes:
         raise JsonError(f"the value of {member.key!r} is larger than {limit_bytes} bytes")
     try:
-        return json.loads(text[member.value_start : member.end])
+        return json.loads(text[member.value_start : member.end].decode(errors="replace"))
     except (ValueError, RecursionError) as error:
         raise JsonError(f"the value of {member.key!r} is no JSON: {error}") from None
 
 
 def _encode(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+    return _ENCODER.encode(value).encode("ascii")
 
 
 class _Scan:

@@ -126,6 +126,8 @@ class Placements:
         if request.unloads:
             return Decision(delivery=stock("unloads"))
         try:
+            if known := self._known(request):
+                return known
             async with asyncio.timeout(PLAN_S):
                 return await self._decide(request)
         except LopsidedError as error:
@@ -210,9 +212,24 @@ class Placements:
                 if not self._holds(slot, num_ctx):
                     slot.current = await self._renewed(slot, request, facts, blob, num_ctx)
                     slot.seen_at = self._clock()
-        in_force = slot.current
-        if in_force is None:  # it failed for memory in between
+        if slot.current is None:  # it failed for memory in between
             return await self._decide(request)
+        return self._use(slot, slot.current, request)
+
+    def _known(self, request: LoadRequest) -> Decision | None:
+        """The decision where it takes no question to anybody: all but the first request in a while."""
+        facts = self._facts.get(full_name(request.model))
+        slot = self._slots.get(facts.blob or facts.digest) if facts else None
+        if facts is None or slot is None or slot.current is None or self._v1_names:
+            return None
+        if not self._holds(slot, asked_context(request.options, facts, self._settings)):
+            return None
+        if own_wish(request.options, facts.defaults) is not None:
+            return None
+        return self._use(slot, slot.current, request)
+
+    @staticmethod
+    def _use(slot: _Slot, in_force: InForce, request: LoadRequest) -> Decision:
         slot.users += 1
         return Decision(delivery=in_force.delivery, in_force=in_force, request=request)
 
@@ -309,18 +326,11 @@ class Placements:
     # What is asked of Ollama and the GPUs
 
     async def _facts_of(self, model: str) -> ModelFacts:
-        name = full_name(model)
-        facts = self._facts.get(name)
-        slot = self._slots.get(facts.blob or facts.digest) if facts else None
-        if facts is None or slot is None or not self._fresh(slot):
-            facts = await self._catalog.facts(model)
-            self._facts[name] = facts
-            while len(self._facts) > NAMES_KEPT:
-                self._facts.popitem(last=False)
+        facts = await self._catalog.facts(model)
+        self._facts[full_name(model)] = facts
+        while len(self._facts) > NAMES_KEPT:
+            self._facts.popitem(last=False)
         return facts
-
-    def _fresh(self, slot: _Slot) -> bool:
-        return slot.current is not None and (slot.users > 0 or self._clock() - slot.seen_at < LOOK_S)
 
     async def _is_on_v1(self, blob: str) -> bool:
         for name in tuple(self._v1_names):
