@@ -1,7 +1,7 @@
 """The automatic plan: every placement worth looking at, what it costs, and which is the fastest that fits.
 
-Candidates: stock's own; each GPU alone; the boost algorithm's layouts; the best splits over several GPUs; where not everything fits
-on them, the lowest layers, or the experts of the lowest layers, in RAM.
+Candidates: stock's own; each GPU alone; the boost algorithm's layouts; the best splits over several GPUs; where not everything
+fits on them, the lowest layers, or the experts of the lowest layers, in RAM.
 
 A layer costs less on a faster GPU whichever layer it is, so the best split fills the fastest GPU first, with the output layer
 on it, then the next: ``best_split`` finds it by dynamic programming over devices and layers, exactly for up to ``EXACT_GPUS``
@@ -12,9 +12,10 @@ layer, and filled to within ``SLACK_LAYERS`` of its limit: what that can lose is
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, permutations
+from itertools import accumulate, combinations, pairwise, permutations
+from typing import Literal
 
 from planner.costs import layer_costs
 from planner.hardware import Rig
@@ -38,7 +39,7 @@ from planner.speed import (
 from planner.stock import StockLoad, on_rig, settings_on
 
 NEVER_WORSE_GAIN = 0.02
-"""How much faster than stock a plan must be predicted to be taken, a pure number: the model's own error on measured splits is 4 %."""
+"""How much faster than stock a plan must be predicted to be taken, a pure number; a smaller gain is not worth a reload."""
 
 TIE = 0.001
 """Scores that differ by less count as equal, a pure number."""
@@ -55,8 +56,16 @@ EXACT_GPUS = 3
 SLACK_LAYERS = 2
 """Layers by which a device may stay below its limit, where not every cut is looked at."""
 
-ROUNDS = 4
+Role = Literal["first", "middle", "last"]
+ROLES: tuple[Role, ...] = ("first", "middle", "last")
+"""A device's place in the order, which its compute buffer hangs on: hidden states come in, pass through, or become logits."""
+
+ROUNDS = 8
 """How often a split is searched again with the compute buffers that the last one turned out to have."""
+
+OPTIMISM = 0.5
+"""Part of a sample's compute buffers that the first round of an exact search counts on: what does not fit then is corrected, what
+was never looked at would be lost."""
 
 
 class Search:
@@ -81,6 +90,10 @@ class Search:
     def work(self, settings: LoadSettings) -> Work:
         """The work under ``settings``."""
         return model_work(self.profile, settings)
+
+    def decode_seconds(self, work: Work, placement: Placement) -> float:
+        """Seconds of one token of an answer."""
+        return decode_seconds(work, placement, self.rates, self.host)
 
     def candidate(
         self,
@@ -151,11 +164,12 @@ class Search:
         """The split over ``gpus`` with the fastest decode that fits; ``None`` where none does.
 
         ``partial``: the lowest layers may stay in RAM. ``cpu_experts``: the experts of so many layers, the lowest, stay there.
-        The compute buffers of each round are those of the round before.
+        Compute buffers are corrected after each round, and moves of single layers tried at last.
         """
         sizes, work = self.sizes(settings), self.work(settings)
-        first, middle, last = self._buffers(sizes, len(gpus), partial=partial, experts=bool(cpu_experts))
-        extra = dict.fromkeys(gpus, 0)
+        sample = self._buffers(sizes, len(gpus), partial=partial, experts=bool(cpu_experts))
+        doubt = OPTIMISM if len(gpus) <= EXACT_GPUS else 1.0
+        buffers = {(gpu, role): int(buffer * doubt) for gpu in gpus for role, buffer in zip(ROLES, sample, strict=True)}
         best: Candidate | None = None
         seen: set[Placement] = set()
         for _ in range(ROUNDS):
@@ -163,8 +177,8 @@ class Search:
                 held=_less_experts(sizes.held_prefix, sizes.experts_prefix, cpu_experts),
                 read=_less_experts(work.read_prefix, (0.0, *accumulate(work.expert_bytes)), cpu_experts),
                 inverse={gpu: 1 / self.rates[gpu].decode_bytes_per_s for gpu in gpus},
-                rooms={gpu: self.limits[gpu] - self.request.runtime_bytes - extra[gpu] for gpu in gpus},
-                buffers=(first, middle, last),
+                rooms={gpu: self.limits[gpu] - self.request.runtime_bytes for gpu in gpus},
+                buffers=buffers,
                 output_held=sizes.output_bytes,
                 output_read=work.output_bytes,
                 host_inverse=1 / self.host.decode_bytes_per_s if partial else None,
@@ -179,22 +193,64 @@ class Search:
             found = self.candidate(self._label(placement), placement, settings)
             if self.holds(found) and (best is None or found.decode_tokens_per_s > best.decode_tokens_per_s):
                 best = found
-            for gpu in placement.order:
-                over = found.memory.devices[gpu].compute_bytes - problem.buffer(gpu, placement.order)
-                if found.memory.devices[gpu].total_bytes > self.limits[gpu] or over < extra[gpu]:
-                    extra[gpu] = over
+            for position, gpu in enumerate(placement.order):
+                device, key = found.memory.devices[gpu], (gpu, _role(position, len(placement.order)))
+                if device.total_bytes > self.limits[gpu]:
+                    buffers[key] = device.compute_bytes
+        return best and self._polished(best)
+
+    def _polished(self, best: Candidate) -> Candidate:
+        """``best`` after every move of one layer at a time that is faster and fits, measured exactly."""
+        work = self.work(best.settings)
+        moves = iter(self._moves(best))
+        while (placement := next(moves, None)) is not None:
+            if self.decode_seconds(work, placement) < 1 / best.decode_tokens_per_s:
+                moved = self.candidate(self._label(placement), placement, best.settings)
+                if self.holds(moved):
+                    best = moved
+                    moves = iter(self._moves(best))
         return best
+
+    def _moves(self, candidate: Candidate) -> Iterator[Placement]:
+        """One layer from a device (or RAM) to the next one, either way, where half a compute buffer more would make room."""
+        placement, held = candidate.placement, self.sizes(candidate.settings).held_prefix
+        layers = placement.layers
+        runs = placement.ranges()
+
+        def has_room(gpu: int, layer: int) -> bool:
+            device = candidate.memory.devices[gpu]
+            taken = device.total_bytes - device.compute_bytes // 2 + held[layer + 1] - held[layer]
+            return taken <= self.limits[gpu]
+
+        def moved(source: int | None, target: int) -> Placement:
+            now = [count + (gpu == target) - (gpu == source) for gpu, count in enumerate(layers)]
+            order = placement.order if target in placement.order else (target, *placement.order)
+            order = tuple(gpu for gpu in order if now[gpu] or gpu == placement.output_gpu)
+            cpu = placement.cpu_layers - (source is None)
+            return replace(placement, layers=tuple(now), order=order, cpu_layers=cpu)
+
+        if placement.cpu_layers:
+            library = self.rig.gpus[runs[0][0]].library
+            idle = [i for i, gpu in enumerate(self.rig.gpus) if gpu.library == library and i not in placement.order]
+            for gpu in (runs[0][0], *idle):
+                if has_room(gpu, placement.cpu_layers - 1):
+                    yield moved(None, gpu)
+        for (lower, below), (upper, above) in pairwise(runs):
+            if len(below) and has_room(upper, below.stop - 1):
+                yield moved(lower, upper)
+            if len(above) and has_room(lower, above.start):
+                yield moved(upper, lower)
 
     def splits(self, gpus: Sequence[int], settings: LoadSettings, *, full: bool) -> Iterator[Candidate]:
         """The best splits over ``gpus``: all on them, or (not ``full``) with a rest in RAM, whole layers or experts."""
-        if full:
-            if len(gpus) > 1 and (best := self.best_split(gpus, settings)):
+        groups = [tuple(gpus)]
+        if len(gpus) <= EXACT_GPUS:  # compute buffers depend on how many GPUs there are
+            groups = [group for count in range(1 + full, len(gpus) + 1) for group in combinations(gpus, count)]
+        for group in groups:
+            if len(group) > full and (best := self.best_split(group, settings, partial=not full)):
                 yield best
-            return
-        if partial := self.best_split(gpus, settings, partial=True):
-            yield partial
-        if self.profile.expert_count:
-            yield from self._expert_splits(gpus, settings)
+            if not full and self.profile.expert_count:
+                yield from self._expert_splits(group, settings)
 
     def _expert_splits(self, gpus: Sequence[int], settings: LoadSettings) -> Iterator[Candidate]:
         """Experts of as few layers as possible in RAM: more never read faster, except where that frees a faster GPU."""
@@ -235,7 +291,7 @@ class Search:
         """Compute buffers of the first, a middle and the last device, of a sample placement over up to three devices."""
         n = sizes.n_layers
         used = min(n_gpus, 3)
-        in_ram = n // (used + 1) if partial else 0
+        in_ram = max(n // (used + 1), 1) if partial else 0
         counts = [(n - in_ram) // used + (i < (n - in_ram) % used) for i in range(used)]
         order = tuple(i for i, count in enumerate(counts) if count or i == used - 1)
         sample = Placement(
@@ -247,6 +303,10 @@ class Search:
         )
         buffers = sizes.compute_bytes(sample)
         return buffers[0], buffers[len(buffers) // 2], buffers[-1]
+
+
+def _role(position: int, count: int) -> Role:
+    return "last" if position == count - 1 else "first" if position == 0 else "middle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +325,7 @@ class _Problem:
     read: Sequence[float]
     inverse: dict[int, float]
     rooms: dict[int, int]
-    buffers: tuple[int, int, int]
+    buffers: Mapping[tuple[int, Role], int]
     output_held: int
     output_read: int
     host_inverse: float | None
@@ -284,17 +344,13 @@ class _Problem:
             for gpu in reversed(ranked):
                 yield (*(other for other in ranked if other != gpu), gpu)
 
-    def buffer(self, gpu: int, order: Sequence[int]) -> int:
-        """The compute buffer that ``gpu`` is taken to have in ``order``."""
-        first, middle, last = self.buffers
-        return last if gpu == order[-1] else first if gpu == order[0] else middle
-
     def _best_cuts(self, order: tuple[int, ...], slack: int | None) -> _Split | None:
         held, read, last = self.held, self.read, len(order) - 1
         states: dict[int, tuple[float, tuple[int, ...]]] = {len(held) - 1: (0.0, ())}
         for position in range(last, -1, -1):
             gpu = order[position]
-            room = self.rooms[gpu] - self.buffer(gpu, order) - (self.output_held if position == last else 0)
+            room = self.rooms[gpu] - self.buffers[gpu, _role(position, len(order))]
+            room -= self.output_held if position == last else 0
             if position == last and room < 0:
                 return None
             fixed = self.output_read * self.inverse[gpu] if position == last else HOP_SECONDS

@@ -1,0 +1,206 @@
+"""The search against brute force, and the rules by which a candidate is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations, pairwise, permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.hardware import Rig
+from planner.memory import estimate_memory
+from planner.placement import Placement
+from planner.plan import make_plan
+from planner.profile import ModelProfile
+from planner.request import Candidate, PlanRequest
+from planner.search import EXACT_GPUS, NEVER_WORSE_GAIN, Search, choose, ranked, score
+from planner.settings import LoadSettings
+from planner.speed import HOP_SECONDS, LAYER_SECONDS
+from tests.planner import models
+
+REQUEST = PlanRequest(num_ctx=2048, num_batch=32, runtime_bytes=0, margin_bytes=0)
+SETTINGS = LoadSettings(num_ctx=2048, batch=32, ubatch=32)
+
+
+def every_split(n_gpus: int, n_layers: int, *, partial: bool) -> Iterator[Placement]:
+    """All contiguous placements with the output layer on a GPU, over every subset of GPUs in every order."""
+    for count in range(1, n_gpus + 1):
+        for order in permutations(range(n_gpus), count):
+            for cpu in range(n_layers + 1) if partial else (0,):
+                n = n_layers - cpu
+                for cuts in combinations(range(1, n + 1), count - 1):
+                    bounds = (0, *cuts, n)
+                    layers = [0] * n_gpus
+                    for gpu, (start, stop) in zip(order, pairwise(bounds), strict=True):
+                        layers[gpu] = stop - start
+                    yield Placement(layers=tuple(layers), order=order, output_gpu=order[-1], cpu_layers=cpu)
+
+
+def brute_force(profile: ModelProfile, rig: Rig, *, partial: bool) -> Candidate | None:
+    """The fastest decode among all placements that fit."""
+    search = Search(profile, rig, REQUEST)
+    work = search.work(SETTINGS)
+    by_speed = sorted(every_split(len(rig.gpus), profile.n_layers, partial=partial), key=lambda p: search.decode_seconds(work, p))
+    for placement in by_speed:
+        memory = estimate_memory(profile, SETTINGS, placement)
+        if all(device.total_bytes <= gpu.free_bytes for device, gpu in zip(memory.devices, rig.gpus, strict=True)):
+            return search.candidate("brute force", placement, SETTINGS)
+    return None
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, most_gpus: int, most_layers: int) -> tuple[ModelProfile, Rig]:
+    """A model and GPUs that hold between a part of it and all of it."""
+    ffn = tuple(draw(st.lists(st.sampled_from([1024, 2048, 4096]), min_size=1, max_size=3)))
+    profile = models.small(n_layers=draw(st.integers(2, most_layers)), ffn=ffn, vocabulary=draw(st.sampled_from([2048, 32768])))
+    size = profile.weights_bytes // models.MIB + 1
+    gpus = [
+        models.gpu(
+            f"gpu{i}",
+            free_mib=draw(st.integers(8, 2 * size + 60)),
+            gb_per_s=draw(st.integers(100, 1800)),
+        )
+        for i in range(draw(st.integers(1, most_gpus)))
+    ]
+    return profile, models.rig(*gpus)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(most_gpus=2, most_layers=24))
+def test_two_gpus_get_the_optimum_of_brute_force(problem: tuple[ModelProfile, Rig]) -> None:
+    """Every cut and order over up to 2 GPUs and 24 layers, with and without layers in RAM."""
+    _compare(*problem)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems(most_gpus=3, most_layers=8))
+def test_three_gpus_get_the_optimum_of_brute_force(problem: tuple[ModelProfile, Rig]) -> None:
+    """The same over up to 3 GPUs."""
+    _compare(*problem)
+
+
+def _compare(profile: ModelProfile, rig: Rig) -> None:
+    expected = brute_force(profile, rig, partial=False) or brute_force(profile, rig, partial=True)
+    plan = make_plan(profile, rig, REQUEST)
+    best = max((c.decode_tokens_per_s for c in (*plan.alternatives, plan.stock) if c.placement.order), default=0)
+    if expected:  # else no GPU has room for the output layer
+        assert best >= expected.decode_tokens_per_s * (1 - 1e-9), (expected.label, expected.placement)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(60, 400), st.integers(100, 1800)), min_size=EXACT_GPUS + 1, max_size=16), st.integers(8, 126)
+)
+def test_many_gpus_come_within_a_layer_each_of_the_fractional_optimum(cards: list[tuple[int, int]], n_layers: int) -> None:
+    """A layer cut in any proportion would fill the fastest GPUs first; whole layers lose at most one on each GPU."""
+    profile = models.small(n_layers=n_layers, ffn=(2048,), vocabulary=2048)
+    rig = models.rig(*(models.gpu(f"gpu{i}", free_mib=free, gb_per_s=rate) for i, (free, rate) in enumerate(cards)))
+    search = Search(profile, rig, REQUEST)
+    sizes, work = search.sizes(SETTINGS), search.work(SETTINGS)
+    layer = sizes.held_bytes(0, 1)
+    rest = float(n_layers)
+    seconds = work.output_bytes / search.host.decode_bytes_per_s
+    for gpu in sorted(range(len(cards)), key=lambda i: -cards[i][1]):
+        room = search.limits[gpu] - sizes.output_bytes - 8 * models.MIB - layer  # 8 MiB: more than any compute buffer here
+        took = min(max(room / layer, 0.0), rest)
+        rest -= took
+        seconds += took * work.layer_bytes[0] / search.rates[gpu].decode_bytes_per_s + HOP_SECONDS
+    if rest:
+        return  # it does not fit so
+    found = search.best_split(range(len(cards)), SETTINGS)
+    assert found is not None
+    assert found.fits
+    assert 1 / found.decode_tokens_per_s <= seconds + n_layers * LAYER_SECONDS
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 8), st.integers(20, 120), st.integers(20, 120), st.integers(0, 2**32))
+def test_experts_in_ram_get_the_optimum_of_brute_force(n_layers: int, free0: int, free1: int, seed: int) -> None:
+    """Experts of the N lowest layers in RAM, every N and every cut over two GPUs: nothing that fits decodes faster."""
+    profile = models.small(n_layers=n_layers, ffn=(1024,), experts=8, vocabulary=2048)
+    rig = models.rig(models.gpu("a", free0, gb_per_s=200 + seed % 1500), models.gpu("b", free1, gb_per_s=200 + seed % 700))
+    search = Search(profile, rig, REQUEST)
+    work = search.work(SETTINGS)
+    splits = every_split(2, n_layers, partial=False)
+    ways = [replace(split, cpu_experts=frozenset(range(n))) for split in splits for n in range(n_layers + 1)]
+    fastest = next(
+        (
+            way
+            for way in sorted(ways, key=lambda p: search.decode_seconds(work, p))
+            if search.holds(search.candidate("", way, SETTINGS))
+        ),
+        None,
+    )
+    plan = make_plan(profile, rig, REQUEST)
+    best = max((c.decode_tokens_per_s for c in (*plan.alternatives, plan.stock)), default=0)
+    if fastest:
+        assert best >= 1 / search.decode_seconds(work, fastest) * (1 - 1e-9), fastest
+
+
+def candidate(label: str, decode: float, prefill: float, *, fits: bool = True, gpus: int = 1) -> Candidate:
+    """A candidate with these speeds."""
+    profile = models.small(n_layers=4)
+    placement = (
+        Placement(layers=(4, 0), order=(0,), output_gpu=0) if gpus == 1 else Placement(layers=(2, 2), order=(0, 1), output_gpu=1)
+    )
+    return Candidate(
+        label=label,
+        placement=placement,
+        settings=SETTINGS,
+        memory=estimate_memory(profile, SETTINGS, placement),
+        limits=(10**9 if fits else 0, 10**9),
+        decode_tokens_per_s=decode,
+        prefill_tokens_per_s=prefill,
+    )
+
+
+def test_stock_itself_stays_unless_something_is_2_percent_faster() -> None:
+    """``chosen is stock``: the very object, so that the caller can pass the request unchanged."""
+    stock = candidate("stock", 100, 1000)
+    just_less, just_more = (
+        candidate("a", 100 * (1 + NEVER_WORSE_GAIN) - 0.01, 2000),
+        candidate("b", 100 * (1 + NEVER_WORSE_GAIN) + 1, 500),
+    )
+    assert choose([just_less], stock, "decode") is stock
+    assert choose([just_less, just_more], stock, "decode") is just_more
+    assert choose([], stock, "decode") is stock
+
+
+def test_a_faster_prefill_alone_never_costs_decode_without_being_asked_for() -> None:
+    """With the objective ``prefill`` it may; one that is slower in both is never taken."""
+    stock = candidate("stock", 100, 1000)
+    prefills = candidate("a", 80, 2000)
+    assert choose([prefills], stock, "decode") is stock
+    assert choose([prefills], stock, "prefill") is prefills
+    assert choose([candidate("c", 50, 900)], stock, "balanced") is stock
+
+
+def test_a_stock_that_runs_out_of_memory_is_left_for_anything_that_fits() -> None:
+    """Slower beats failing."""
+    slower = candidate("a", 50, 500)
+    assert choose([slower], candidate("stock", 100, 1000, fits=False), "decode") is slower
+
+
+def test_equal_speeds_go_to_fewer_gpus_then_to_the_faster_prefill_then_to_the_first() -> None:
+    """Ties within a thousandth, in the stated order."""
+    two, slow, fast, same = (
+        candidate("two", 100.05, 2000, gpus=2),
+        candidate("slow", 100, 1000),
+        candidate("fast", 100, 1500),
+        candidate("same", 100, 1500),
+    )
+    assert [c.label for c in ranked([two, slow, fast, same], "decode")] == ["fast", "same", "slow", "two"]
+
+
+@pytest.mark.parametrize("objective", ["decode", "prefill", "balanced"])
+def test_each_objective_takes_the_best_of_its_own(objective: str) -> None:
+    """On an unequal pair the objective ``prefill`` never gets a slower prefill than the others."""
+    profile = models.header("llama3.3-70b-q4km")
+    rig = models.rig(models.rtx5090(), models.rtx3090())
+    request = PlanRequest(num_ctx=8192, objective=objective)  # type: ignore[arg-type]
+    plan = make_plan(profile, rig, request)
+    others = [make_plan(profile, rig, PlanRequest(num_ctx=8192, objective=o)).chosen for o in ("decode", "prefill", "balanced")]  # type: ignore[arg-type]
+    assert all(score(plan.chosen, request.objective) >= score(other, request.objective) * 0.98 for other in others)
