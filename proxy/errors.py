@@ -5,6 +5,7 @@ LopsidedError
 ├── GgufError          a file is no GGUF, ends too early, or lies about its lengths
 ├── ModelError         a model cannot be planned, and passes through
 ├── GpuError           a source of GPUs does not answer
+├── LauncherError      the launcher cannot be put in place or taken out
 └── UpstreamError      Ollama cannot be reached or breaks off
 """
 
@@ -27,6 +28,10 @@ class ModelError(LopsidedError):
 
 class GpuError(LopsidedError):
     """A source of GPUs does not answer or answers nonsense."""
+
+
+class LauncherError(LopsidedError):
+    """The launcher cannot be put in place or taken out; nothing was changed, and the message says what to do."""
 
 
 class UpstreamError(LopsidedError):

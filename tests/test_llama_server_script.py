@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,9 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "docker" / "llama-server"
 PROMISE_S = 2.0
 """What the launcher may take in all, whatever happens."""
+
+BUSY_S = 3.0
+"""On top of that: a test machine with other things to do, and the start of the Python that stands for llama-server."""
 
 RECORDED = "/root/.ollama/models/blobs/sha256-b18c850a1260bb5346e5aadd293b64b65983b00da61d0335982049075fdf910c"
 LOAD = (
@@ -491,7 +495,7 @@ def test_a_fault_ends_in_ollamas_own_arguments_and_one_line(library, tmp_path, a
 
 def check_fault(start: Start) -> None:
     assert start.appended() == ()
-    assert start.seconds < PROMISE_S
+    assert start.seconds < PROMISE_S + BUSY_S
     assert start.child is None
     assert start.files == [0, 1, 2]
     (line,) = start.said.splitlines()
@@ -541,6 +545,11 @@ def test_whoever_is_too_slow_is_not_waited_for(tmp_path):
     for name, start in starts.items():
         check_fault(start)
         assert "in time" in start.said, name
+
+
+def test_the_limit_keeps_the_promise():
+    (limit_us,) = re.findall(r"^LIMIT_US=(\d+) ", SCRIPT.read_text(), re.MULTILINE)
+    assert int(limit_us) / 10**6 <= PROMISE_S - 0.1
 
 
 def start_before(library: Library, answering: Answering) -> Start:
@@ -703,7 +712,7 @@ def test_asking_costs_little(library):
     assert asked - alone < 0.1
 
 
-@pytest.mark.parametrize("name", ["llama-server"])
+@pytest.mark.parametrize("name", ["llama-server", "entrypoint"])
 def test_shellcheck_finds_nothing(name):
     checked = subprocess.run(
         [Path(sys.executable).with_name("shellcheck"), ROOT / "docker" / name],

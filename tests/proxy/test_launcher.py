@@ -1,0 +1,457 @@
+"""Putting the launcher in place, and taking it out, in a folder like Ollama's: the original is never lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from planner.hardware import Gpu
+from proxy import installation, launcher
+from proxy.errors import LauncherError
+from proxy.installation import CACHE, CONFIG, NAME, STOCK, find_library, inspect, install, remove, shipped_launcher
+from proxy.launcher import hidden_cards_problem, launcher_commands, missing_variables, ollama_environment
+
+URL = "http://127.0.0.1:11435"
+ENTRYPOINT = Path(__file__).parent.parent.parent / "docker" / "entrypoint"
+
+
+def real(text: str = "version: 1") -> bytes:
+    """A llama-server of Ollama's: prints its version and what it was started with."""
+    return f'#!/bin/sh\n# an executable\necho "{text} $*"\n'.encode()
+
+
+def put(path: Path, content: bytes) -> None:
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def library(tmp_path) -> Path:
+    folder = tmp_path / "lib" / "ollama"
+    folder.mkdir(parents=True)
+    put(folder / NAME, real())
+    return folder
+
+
+def names(library: Path) -> set[str]:
+    return {path.name for path in library.iterdir()}
+
+
+def version(library: Path) -> str:
+    """What Ollama gets when it starts the file in llama-server's place."""
+    return subprocess.run([library / NAME, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+
+
+def test_installed_the_launcher_stands_in_place_and_the_original_beside_it(library):
+    done = install(library, url=URL, token="s3cret")
+    assert (done.state, done.current, done.url) == ("installed", True, URL)
+    assert names(library) == {NAME, STOCK, CONFIG, CACHE}
+    assert (library / NAME).read_bytes() == shipped_launcher().read_bytes()
+    assert (library / STOCK).read_bytes() == real()
+    assert version(library) == "version: 1 --version\n"
+
+
+def test_url_and_token_are_for_ollamas_user_alone(library):
+    install(library, url=URL, token="s3cret")
+    assert (library / CONFIG).read_text() == f"LOPSIDED_URL={URL}\nLOPSIDED_TOKEN=s3cret\n"
+    assert stat.S_IMODE((library / CONFIG).stat().st_mode) == 0o600
+    assert stat.S_IMODE((library / CACHE).stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_root_gives_them_to_ollamas_user(library):
+    install(library, url=URL, token=None, user="nobody")
+    assert (library / CONFIG).owner() == (library / CACHE).owner() == "nobody"
+    with pytest.raises(LauncherError, match="no user nosuchuser"):
+        install(library, url=URL, token=None, user="nosuchuser")
+
+
+def test_removed_the_folder_is_as_it_was(library):
+    before = (library / NAME).stat()
+    install(library, url=URL, token=None)
+    (library / CACHE / "sha256-1").write_text("0\t\t\n")
+    assert remove(library).state == "absent"
+    assert names(library) == {NAME}
+    assert (library / NAME).stat().st_ino == before.st_ino
+    assert (library / NAME).read_bytes() == real()
+
+
+def test_both_can_be_done_again(library):
+    first = install(library, url=URL, token=None)
+    assert install(library, url=URL, token=None) == first
+    assert (library / STOCK).read_bytes() == real()
+    assert remove(library) == remove(library)
+    assert version(library) == "version: 1 --version\n"
+
+
+def test_an_older_launcher_is_brought_up_to_date(library):
+    install(library, url=URL, token=None)
+    (library / NAME).write_bytes(shipped_launcher().read_bytes() + b"# older\n")
+    assert inspect(library).current is False
+    done = install(library, url="http://[::1]:1", token=None)
+    assert (done.current, done.url) == (True, "http://[::1]:1")
+
+
+def test_an_update_of_ollama_is_noticed_and_its_llama_server_kept(library):
+    install(library, url=URL, token=None)
+    put(library / NAME, real("version: 2"))
+    assert inspect(library).state == "replaced"
+    install(library, url=URL, token=None)
+    assert version(library) == "version: 2 --version\n"
+    assert (library / STOCK).read_bytes() == real("version: 2")
+
+
+def test_removing_after_an_update_keeps_the_newer_one(library):
+    install(library, url=URL, token=None)
+    put(library / NAME, real("version: 2"))
+    remove(library)
+    assert names(library) == {NAME}
+    assert version(library) == "version: 2 --version\n"
+
+
+@pytest.mark.parametrize("action", ["install", "remove"])
+def test_from_a_folder_with_the_renamed_original_alone_both_go_on(library, action):
+    (library / NAME).rename(library / STOCK)
+    assert inspect(library).state == "interrupted"
+    if action == "install":
+        install(library, url=URL, token=None)
+    else:
+        remove(library)
+    assert version(library) == "version: 1 --version\n"
+
+
+FILE_CALLS = ("link", "replace", "unlink", "chmod", "mkdir", "open")
+
+
+@pytest.mark.parametrize("update", [False, True], ids=["first", "after an update"])
+@pytest.mark.parametrize("stop_after", range(10))
+def test_interrupted_anywhere_there_is_a_llama_server_and_installing_again_works(library, monkeypatch, stop_after, update):
+    """The process ends before its n-th change to the folder."""
+    current = "version: 1"
+    if update:
+        install(library, url=URL, token=None)
+        current = "version: 2"
+        put(library / NAME, real(current))
+    calls = 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(call):
+        def wrapped(*arguments, **keywords):
+            nonlocal calls
+            if str(library) in str(arguments):
+                calls += 1
+                if calls > stop_after:
+                    raise Killed
+            return call(*arguments, **keywords)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in FILE_CALLS:
+            patch.setattr(os, name, dying(getattr(os, name)))
+        try:
+            install(library, url=URL, token=None)
+        except Killed:
+            pass
+        else:
+            assert stop_after >= 5, "nothing was interrupted"
+    assert version(library) == f"{current} --version\n"
+    install(library, url=URL, token=None)
+    assert version(library) == f"{current} --version\n"
+    assert names(library) == {NAME, STOCK, CONFIG, CACHE}
+    for leftover in (f"{NAME}.new", f"{STOCK}.new", f"{CONFIG}.new"):
+        put(library / leftover, b"")
+    remove(library)
+    assert names(library) == {NAME}
+    assert (library / NAME).read_bytes() == real(current)
+
+
+def test_a_file_system_without_links_gets_a_copy(library, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    install(library, url=URL, token=None)
+    assert version(library) == "version: 1 --version\n"
+
+
+def test_a_linked_llama_server_stays_a_link(library, tmp_path):
+    put(tmp_path / "engine", real("version: 3"))
+    (library / NAME).unlink()
+    (library / NAME).symlink_to("../../engine")
+    install(library, url=URL, token=None)
+    assert (library / STOCK).is_symlink()
+    assert version(library) == "version: 3 --version\n"
+    remove(library)
+    assert (library / NAME).is_symlink()
+
+
+# Refusals
+
+
+def refused(library: Path, match: str, **keywords) -> None:
+    before = {path.name: path.read_bytes() for path in library.iterdir()}
+    with pytest.raises(LauncherError, match=match):
+        install(library, **{"url": URL, "token": None, **keywords})
+    assert {path.name: path.read_bytes() for path in library.iterdir() if path.is_file()} == before
+
+
+def test_an_ollama_without_llama_server_is_refused(library):
+    (library / NAME).unlink()
+    refused(library, r"before 0\.30")
+
+
+def test_a_launcher_without_its_original_is_refused(library):
+    put(library / NAME, shipped_launcher().read_bytes())
+    refused(library, "install Ollama again")
+    with pytest.raises(LauncherError, match="install Ollama again"):
+        remove(library)
+
+
+def test_a_copy_of_the_launcher_is_no_original(library):
+    put(library / NAME, shipped_launcher().read_bytes())
+    put(library / STOCK, shipped_launcher().read_bytes())
+    assert inspect(library).state == "lost"
+
+
+def test_another_machine_takes_a_token(library):
+    refused(library, "LOPSIDED_TOKEN", url="http://10.0.0.7:11435")
+    assert install(library, url="http://10.0.0.7:11435", token="s3cret").state == "installed"
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_other_systems_are_refused(library, monkeypatch, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    refused(library, "for Linux")
+
+
+def test_a_folder_that_may_not_be_written_is_refused(library, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copy2", refuse)
+    refused(library, "sudo")
+
+
+def test_without_bash_it_is_refused(library, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(library, "bash")
+
+
+def test_with_an_old_bash_it_is_refused(library, monkeypatch, tmp_path):
+    put(tmp_path / "bash", b"#!/bin/sh\necho\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    refused(library, "bash 5")
+
+
+def test_a_launcher_that_does_not_start_the_original_is_refused(library, monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"#!/bin/sh\n# lopsided's launcher\necho no good >&2; exit 3\n")
+    monkeypatch.setattr(installation, "shipped_launcher", lambda: broken)
+    refused(library, "no good")
+
+
+# Finding the folder
+
+
+def test_the_folder_is_found_beside_the_command_or_in_the_usual_places(library, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    put(tmp_path / "bin" / "ollama", b"#!/bin/sh\n")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert find_library(places=()) == library
+    other = tmp_path / "other"
+    other.mkdir()
+    put(other / NAME, real())
+    (library / NAME).unlink()
+    assert find_library(places=("/no/such", str(other))) == other
+    assert find_library(other) == other
+
+
+def test_where_there_is_none_the_way_out_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LauncherError, match="--lib"):
+        find_library(places=("/no/such",))
+    with pytest.raises(LauncherError, match="--lib"):
+        find_library(tmp_path / "missing")
+
+
+# Ollama's environment
+
+
+def test_the_running_ollamas_environment_is_read(tmp_path):
+    for pid, command, environment in (
+        ("7", "/usr/bin/python\0serve\0", "A=1\0"),
+        ("8", "/usr/local/bin/ollama\0run\0m\0", "A=2\0"),
+        ("9", "/usr/local/bin/ollama\0serve\0", "A=3\0B=x=y\0\0"),
+    ):
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "cmdline").write_text(command)
+        (tmp_path / pid / "environ").write_text(environment)
+    assert ollama_environment(tmp_path) == {"A": "3", "B": "x=y"}
+    (tmp_path / "9" / "environ").unlink()
+    assert ollama_environment(tmp_path) is None
+
+
+def card(uuid: str, pci_id: str, sms: int) -> Gpu:
+    return Gpu(uuid=uuid, name=uuid, total_bytes=1, free_bytes=0, pci_id=pci_id, sm_count=sms, clock_mhz=1)
+
+
+FAST_SECOND = (card("GPU-slow", "01", 82), card("GPU-fast", "02", 170))
+FAST_FIRST = (card("GPU-fast", "01", 170), card("GPU-slow", "02", 82))
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "problem"),
+    [
+        ({}, FAST_SECOND, False),
+        ({"CUDA_VISIBLE_DEVICES": ""}, FAST_SECOND, False),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, FAST_SECOND, True),
+        ({"CUDA_VISIBLE_DEVICES": " 1 "}, FAST_SECOND, True),
+        ({"CUDA_VISIBLE_DEVICES": "1,0"}, FAST_SECOND, False),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, FAST_FIRST, False),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-slow"}, FAST_SECOND, False),
+        ({"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, FAST_SECOND, False),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, (), True),
+    ],
+)
+def test_numbers_that_would_mean_other_cards_are_a_problem(environment, gpus, problem):
+    assert (hidden_cards_problem(environment, gpus) is not None) is problem
+
+
+def test_what_ollamas_environment_lacks_is_named():
+    assert missing_variables({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}) == ("CUDA_DEVICE_ORDER=PCI_BUS_ID", "OLLAMA_SCHED_SPREAD=1")
+    assert missing_variables({"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "OLLAMA_SCHED_SPREAD": "1"}) == ()
+
+
+# The commands
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "_gpus", lambda: FAST_SECOND)
+    environment: dict[str, str] | None = {}
+    monkeypatch.setattr(launcher, "ollama_environment", lambda: run.environment)
+
+    def run(*arguments: str, environment: dict[str, str] | None = environment):
+        run.environment = environment
+        return CliRunner().invoke(launcher_commands, arguments)
+
+    return run
+
+
+def test_the_commands_say_what_they_did_and_what_is_left_to_do(library, run):
+    done = run("install", "--lib", str(library), environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+    assert done.exit_code == 0, done.output
+    assert f"in place in {library}; it asks http://127.0.0.1:11435." in done.output
+    assert 'Environment="OLLAMA_SCHED_SPREAD=1"' in done.output
+    assert "PCI_BUS_ID" not in done.output
+    assert "systemctl restart ollama" in done.output
+    assert "installed" in run("status", "--lib", str(library)).output
+    assert "Ollama's own llama-server is in place" in run("remove", "--lib", str(library)).output
+    assert names(library) == {NAME}
+
+
+def test_status_is_json_for_programs(library, run):
+    run("install", "--lib", str(library), "--url", "http://127.0.0.1:1")
+    status = json.loads(run("status", "--lib", str(library), "--json", environment=None).output)
+    assert status == {
+        "library": str(library),
+        "state": "installed",
+        "current": True,
+        "url": "http://127.0.0.1:1",
+        "environment_missing": None,
+    }
+
+
+def test_hidden_cards_stop_the_installation(library, run):
+    done = run("install", "--lib", str(library), environment={"CUDA_VISIBLE_DEVICES": "0"})
+    assert isinstance(done.exception, LauncherError)
+    assert names(library) == {NAME}
+
+
+# The container's entrypoint
+
+
+def enter(library: Path, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Starts the container: its ``ollama`` prints what it was given, the token too."""
+    if not (tmp_path / "image").exists():
+        (tmp_path / "image").mkdir()
+        shutil.copy2(ENTRYPOINT, tmp_path / "image")
+        shutil.copy2(shipped_launcher(), tmp_path / "image")
+        put(tmp_path / "image" / "ollama", b'#!/bin/sh\necho "ollama $* $LOPSIDED_TOKEN"\n')
+    path = f"{tmp_path / 'image'}:{os.environ['PATH']}"
+    return subprocess.run(
+        [tmp_path / "image" / "entrypoint", "serve"],
+        env={"PATH": path, "LOPSIDED_LIBRARY": str(library), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+    )
+
+
+def test_the_container_starts_with_the_launcher_every_time(library, tmp_path):
+    for _ in range(2):
+        started = enter(library, tmp_path)
+        assert (started.stdout, started.stderr) == ("ollama serve \n", "")
+        assert inspect(library).state == "installed"
+        assert inspect(library).current
+        assert version(library) == "version: 1 --version\n"
+    assert names(library) == {NAME, STOCK, CACHE}
+
+
+def test_the_container_takes_a_newer_image(library, tmp_path):
+    enter(library, tmp_path)
+    put(library / NAME, real("version: 2"))
+    enter(library, tmp_path)
+    assert version(library) == "version: 2 --version\n"
+    assert inspect(library).state == "installed"
+
+
+def test_the_container_goes_on_after_a_stop_in_the_middle(library, tmp_path):
+    (library / NAME).rename(library / STOCK)
+    enter(library, tmp_path)
+    assert version(library) == "version: 1 --version\n"
+    assert inspect(library).state == "installed"
+
+
+def test_the_container_starts_without_the_launcher_where_it_cannot_be_put(library, tmp_path):
+    enter(library, tmp_path)
+    shutil.copy2(library / STOCK, library / NAME)
+    (tmp_path / "image" / NAME).unlink()
+    started = enter(library, tmp_path)
+    assert started.stdout == "ollama serve \n"
+    assert len(started.stderr.splitlines()) == 1
+    assert version(library) == "version: 1 --version\n"
+
+
+def test_the_container_of_an_older_ollama_starts_as_ever(library, tmp_path):
+    (library / NAME).unlink()
+    started = enter(library, tmp_path)
+    assert started.stdout == "ollama serve \n"
+    assert "before 0.30" in started.stderr
+
+
+def test_the_containers_share_a_token_that_is_made_once(library, tmp_path):
+    file = tmp_path / "shared-token"
+    first = enter(library, tmp_path, LOPSIDED_TOKEN_FILE=str(file)).stdout
+    assert first == f"ollama serve {file.read_text()}\n"
+    assert len(file.read_text()) == 48
+    assert enter(library, tmp_path, LOPSIDED_TOKEN_FILE=str(file)).stdout == first
+    assert enter(library, tmp_path, LOPSIDED_TOKEN_FILE=str(file), LOPSIDED_TOKEN="own").stdout == "ollama serve own\n"
+    broken = enter(library, tmp_path, LOPSIDED_TOKEN_FILE=str(tmp_path / "no" / "folder"))
+    assert broken.stdout == "ollama serve \n"
+    assert "set LOPSIDED_TOKEN" in broken.stderr
