@@ -127,7 +127,14 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
     """The whole proxy. ``source`` is ``None`` where there are no GPUs to be planned for: then everything passes unchanged."""
     forwarder = Forwarder(settings.upstream)
     ollama = Ollama(forwarder.client)
-    placements = Placements(ollama=ollama, catalog=Catalog(forwarder.client), gpus=source, settings=settings, planner=planner)
+    placements = Placements(
+        ollama=ollama,
+        catalog=Catalog(forwarder.client),
+        gpus=source,
+        settings=settings,
+        planner=planner,
+        restarts=lambda: forwarder.transport.restarts,
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -186,13 +193,3 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         return JSONResponse({"models": rows})
 
     return Proxy(settings, forwarder=forwarder, placements=placements, own=own)
-
-
-async def upstream_is_lopsided(settings: Settings) -> bool:
-    """Whether the upstream answers ``/lopsided/health``: the proxy would then ask itself, or another one."""
-    async with httpx.AsyncClient(trust_env=False, timeout=3.0) as client:
-        try:
-            answer = await client.get(settings.upstream.url + "/lopsided/health")
-            return answer.status_code == 200 and bool(answer.json().get("name") == "lopsided")
-        except (httpx.HTTPError, ValueError, AttributeError):
-            return False

@@ -153,13 +153,14 @@ class _Upload(httpx.AsyncByteStream):
 class Forwarder:
     """Sends clients' requests to one upstream and brings the answers back."""
 
-    def __init__(self, upstream: Address, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, upstream: Address) -> None:
         self.upstream = upstream
         self._url = httpx.URL(upstream.url)
         self._prefix = f"/{upstream.path}".encode() if upstream.path else b""
         self._host = None if keeps_host(upstream) else upstream.authority.encode()
+        self.transport = UpstreamTransport(upstream.url)
         self.client = httpx.AsyncClient(
-            transport=transport or UpstreamTransport(upstream.url),
+            transport=self.transport,
             timeout=httpx.Timeout(None, connect=CONNECT_S),
             base_url=upstream.url,
             trust_env=False,

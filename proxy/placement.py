@@ -77,6 +77,7 @@ class _Slot:
     current: InForce | None = None
     users: int = 0
     seen_at: float = 0.0
+    restarts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +93,7 @@ class Placements:
     """Decides what each request gets, and remembers it.
 
     ``gpus`` is ``None`` where there are none to be planned for: then everything passes unchanged. ``clock`` is monotonic, in
-    seconds.
+    seconds; ``restarts`` counts what looked like an end of Ollama, and with it of everything that was loaded.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Placements:
         settings: Settings,
         planner: Planner = make_plan,
         clock: Callable[[], float] = time.monotonic,
+        restarts: Callable[[], int] = lambda: 0,
     ) -> None:
         self._ollama = ollama
         self._catalog = catalog
@@ -112,6 +114,7 @@ class Placements:
         self._settings = settings
         self._planner = planner
         self._clock = clock
+        self._restarts = restarts
         self._facts: OrderedDict[str, ModelFacts] = OrderedDict()
         self._slots: dict[str, _Slot] = {}
         self._failures: dict[tuple[str, int | None], _Failure] = {}
@@ -210,8 +213,9 @@ class Placements:
         if not self._holds(slot, num_ctx):
             async with slot.lock:
                 if not self._holds(slot, num_ctx):
+                    restarts = self._restarts()
                     slot.current = await self._renewed(slot, request, facts, blob, num_ctx)
-                    slot.seen_at = self._clock()
+                    slot.seen_at, slot.restarts = self._clock(), restarts
         if slot.current is None:  # it failed for memory in between
             return await self._decide(request)
         return self._use(slot, slot.current, request)
@@ -238,7 +242,7 @@ class Placements:
         current = slot.current
         if current is None or current.num_ctx != num_ctx:
             return False
-        return slot.users > 0 or self._clock() - slot.seen_at < LOOK_S
+        return slot.users > 0 or (self._clock() - slot.seen_at < LOOK_S and slot.restarts == self._restarts())
 
     async def _renewed(self, slot: _Slot, request: LoadRequest, facts: ModelFacts, blob: str, num_ctx: int | None) -> InForce:
         """The placement to use from now on: the current one while Ollama still has the model, else a new one."""

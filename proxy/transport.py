@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -46,7 +46,8 @@ class StaleConnectionError(httpx.RemoteProtocolError):
 class _Connection(asyncio.Protocol):
     """One connection. Between requests ``parser`` is ``None``; whatever arrives then makes it useless."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost_idle: Callable[[], None] = lambda: None) -> None:
+        self.lost_idle = lost_idle
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport = cast("asyncio.Transport", None)
         self.closed = False
@@ -153,6 +154,8 @@ class _Connection(asyncio.Protocol):
                 self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.parser is None and self.used and not self.closed:
+            self.lost_idle()
         self.closed = True
         self.resume_writing()
         if self.parser is None or self.complete:
@@ -176,6 +179,10 @@ class _Connection(asyncio.Protocol):
             self._writable.set_result(None)
 
     # httptools
+
+    def on_message_begin(self) -> None:
+        if self.complete:  # more than was asked for: nothing of it may be taken for the next answer
+            self.abort()
 
     def on_status(self, reason: bytes) -> None:
         self.reason += reason
@@ -257,6 +264,8 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         self._port = url.port or (443 if url.scheme == "https" else 80)
         self._ssl = (ssl_context or ssl.create_default_context()) if url.scheme == "https" else None
         self._host_header = url.netloc
+        self.restarts = 0
+        """How often the upstream closed a kept connection: Ollama never does while it lives."""
         self._idle: deque[_Connection] = deque()
         self._busy: set[_Connection] = set()
 
@@ -354,12 +363,17 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(connect_s):
-                _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._ssl)
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(self._lost_idle), self._host, self._port, ssl=self._ssl
+                )
         except TimeoutError as error:
             raise httpx.ConnectTimeout(f"no connection within {connect_s} s") from error
         except OSError as error:
             raise httpx.ConnectError(error.strerror or str(error)) from error
         return connection
+
+    def _lost_idle(self) -> None:
+        self.restarts += 1
 
     def release(self, connection: _Connection) -> None:
         """Takes a connection back after its response: kept if that was read to its end, else closed."""
@@ -379,7 +393,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Closes every connection, those in use too."""
-        for connection in [*self._idle, *self._busy]:
+        for connection in (*self._idle, *self._busy):
             connection.fail(httpx.ReadError("lopsided is shutting down"))
         self._idle.clear()
         self._busy.clear()

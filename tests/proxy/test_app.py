@@ -6,12 +6,10 @@ import httpx
 import pytest
 
 from proxy.access import has_token, is_local_host, is_local_origin
-from proxy.app import upstream_is_lopsided
 from proxy.gpus.static import StaticSource
-from proxy.settings import load_settings
 from proxy.simulator import Simulator, create_app, demo_models
 from tests.proxy.upstreams import proxy_before
-from tests.servers import free_port, serve
+from tests.servers import serve
 
 TOKEN = "s3cret"
 
@@ -144,8 +142,3 @@ def test_further_origins_can_be_allowed():
 )
 def test_tokens(header, token, good):
     assert has_token(header, token) is good
-
-
-async def test_an_upstream_that_is_lopsided_is_known(url):
-    assert await upstream_is_lopsided(load_settings(upstream=url))
-    assert not await upstream_is_lopsided(load_settings(upstream=f"127.0.0.1:{free_port()}"))
