@@ -7,8 +7,10 @@ output layer last. Layers are handed out from the last to the first, so what doe
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 CAPACITY_PRECISION = 1e-6
 """Width at which the bisection of the capacity factor stops, a pure number (``findBestFit`` in ``llm/server.go``)."""
@@ -44,7 +46,7 @@ class Device:
 
 def placed(assignment: Assignment) -> int:
     """Layers on any GPU, the output layer counted."""
-    return sum(gpu is not None for gpu in assignment)
+    return len(assignment) - assignment.count(None)
 
 
 def greedy_fit(
@@ -56,20 +58,32 @@ def greedy_fit(
     turn comes and it is not asked again. ``requested`` stops after so many layers. Stock passes the device with the least
     memory first; the boost algorithm above 1.0 the strongest first.
     """
-    owners: list[int | None] = [None] * len(costs)
-    rest = iter(devices)
-    device = next(rest, None)
-    room_bytes = device.budget_bytes(factor) if device else 0
-    lowest = 0 if requested is None else max(len(costs) - requested, 0)
-    for layer in range(len(costs) - 1, lowest - 1, -1):
-        while device and costs[layer] > room_bytes:
-            device = next(rest, None)
-            room_bytes = device.budget_bytes(factor) if device else 0
-        if device is None:
-            break
-        owners[layer] = device.gpu
-        room_bytes -= costs[layer]
-    return tuple(owners)
+    return _owners(len(costs), devices, _ends(_sums(costs), devices, factor, requested))
+
+
+def _sums(costs: Sequence[int]) -> tuple[int, ...]:
+    """``sums[k]``: bytes of the ``k`` highest layers."""
+    return tuple(accumulate(reversed(costs), initial=0))
+
+
+def _ends(sums: Sequence[int], devices: Sequence[Device], factor: float, requested: int | None) -> list[int]:
+    """How many layers, from the highest, are placed after each device has taken its share."""
+    most = len(sums) - 1 if requested is None else min(requested, len(sums) - 1)
+    ends, end = [], 0
+    for device in devices:
+        if end < most:
+            end = min(bisect_right(sums, sums[end] + device.budget_bytes(factor), end) - 1, most)
+        ends.append(end)
+    return ends
+
+
+def _owners(n: int, devices: Sequence[Device], ends: Sequence[int]) -> Assignment:
+    owners: list[int | None] = []
+    start = 0
+    for device, end in zip(devices, ends, strict=True):
+        owners += [device.gpu] * (end - start)
+        start = end
+    return (*[None] * (n - start), *reversed(owners))
 
 
 def balanced_fit(
@@ -96,16 +110,17 @@ def balanced_fit(
 
 def _smallest_factor_fit(costs: Sequence[int], devices: Sequence[Device], requested: int | None, max_factor: float) -> Assignment:
     low, high = 0.0, max_factor
-    best = greedy_fit(costs, devices, high, requested=requested)
-    most = placed(best)
+    sums = _sums(costs)
+    best = _ends(sums, devices, high, requested)
+    most = best[-1] if best else 0
     while most and high - low > CAPACITY_PRECISION:
         middle = (low + high) / 2
-        fit = greedy_fit(costs, devices, middle, requested=requested)
-        if placed(fit) == most:
-            high, best = middle, fit
+        ends = _ends(sums, devices, middle, requested)
+        if ends[-1] == most:
+            high, best = middle, ends
         else:
             low = middle
-    return best
+    return _owners(len(costs), devices, best)
 
 
 def find_best_fit(

@@ -148,9 +148,17 @@ class Search:
         first, middle, last = self._buffers(self.sizes(settings), len(gpus), partial=False)
         buffer = max(first, middle, last)
         reserves = [self.rig.gpus[i].free_bytes - self.limits[i] + self.request.runtime_bytes + buffer for i in gpus]
+        seen: set[Placement] = set()
         for boost in boosts:
             layout = create_layout(costs, [self.rig.gpus[i] for i in gpus], boost=boost, reserves_bytes=reserves)
-            yield self.candidate(f"boost {boost:g}", on_rig(layout.placement, gpus, len(self.rig.gpus)), settings)
+            placement = on_rig(layout.placement, gpus, len(self.rig.gpus))
+            if placement not in seen and self._executable(placement):
+                seen.add(placement)
+                yield self.candidate(f"boost {boost:g}", placement, settings)
+
+    def _executable(self, placement: Placement) -> bool:
+        """llama-server's ``-ngl`` counts the output layer first: it can't leave it in RAM and layers on a GPU."""
+        return self.request.era == "runner" or placement.output_gpu is not None or not placement.order
 
     def holds(self, candidate: Candidate) -> bool:
         """Whether every GPU holds it, and the host's RAM what stays there."""
@@ -358,7 +366,7 @@ class _Problem:
             following: dict[int, tuple[float, tuple[int, ...]]] = {}
             for end, (seconds, counts) in states.items():
                 lowest = bisect_left(held, held[end] - room, 0, end) if room > 0 else end
-                for start in self._starts(lowest, end, position, slack):
+                for start in self._starts(lowest, end, gpu, position, slack):
                     took = end - start
                     cost = seconds + (read[end] - read[start]) * inverse + (fixed if took or position == last else 0.0)
                     known = following.get(start)
@@ -369,9 +377,13 @@ class _Problem:
         best = min((end for end in ends if not end[1] or self.host_inverse is not None), default=None)
         return _Split(best[0], tuple(zip(order, best[2], strict=True))) if best else None
 
-    def _starts(self, lowest: int, end: int, position: int, slack: int | None) -> Iterable[int]:
-        if position == 0 and self.host_inverse is None:
-            return (0,) if not lowest else ()
+    def _starts(self, lowest: int, end: int, gpu: int, position: int, slack: int | None) -> Iterable[int]:
+        """Where the run that ends at ``end`` may begin. The last device in turn takes all it can, unless RAM is faster."""
+        if position == 0:
+            if self.host_inverse is None:
+                return () if lowest else (0,)
+            if self.inverse[gpu] < self.host_inverse:
+                return (lowest, end) if lowest < end else (end,)
         if slack is None:
             return range(lowest, end + 1)
         return (*range(lowest, min(lowest + slack, end - 1) + 1), end)
