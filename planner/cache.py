@@ -118,7 +118,8 @@ def layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
 
 
 def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
-    family = family_of(profile.architecture) or Family()
+    known = family_of(profile.architecture)
+    unknown, family = known is None, known or Family()
     heads = profile.per_layer("attention.head_count")
     heads_kv = profile.per_layer_or("attention.head_count_kv", heads)
     first_heads = next((n for n in heads if n), 0)
@@ -136,7 +137,7 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
     for i, tensors in enumerate(profile.layer_tensors):
         computed = i < profile.n_computed_layers
         recurrent = is_recurrent(tensors)
-        attends = bool(heads_kv[i]) and (not recurrent or "attention_and_state" in family.features)
+        attends = bool(heads_kv[i]) and (not recurrent or "attention_and_state" in family.features or unknown)
         owns = attends and i < owners and (computed or family.nextn_cached) and not {"encoder", "no_cache"} & family.features
         rows.append(
             LayerCache(

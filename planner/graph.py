@@ -22,7 +22,9 @@ from planner.tape import Tape
 F32, F16, I32, I64 = 4, 2, 4, 8
 """Bytes of an element."""
 
-RESIDUAL, NORMED, PER_LAYER, POSITIONS, MASK, INDICES, KEY_ROTATION, VALUE_ROTATION, OUTPUT_ROWS, STATES = range(-1, -11, -1)
+RESIDUAL, NORMED, PER_LAYER, POSITIONS, MASK, INDICES, KEY_ROTATION, VALUE_ROTATION, OUTPUT_ROWS, STATES, STATE_ROWS = range(
+    -1, -12, -1
+)
 """What lives when a layer begins: its input; that input normed, where the device before did that; per-layer embeddings; the
 tokens' positions; the attention mask; the cells that are written; matrices that rotate keys and values; the rows of the
 output; the convolution states of the next Mamba layer, fetched early. All but the first three and the mask are small, but lie
@@ -34,7 +36,10 @@ WINDOW = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """What is computed at a time: tokens of a micro-batch, tokens whose logits are wanted, cells that attention sees."""
+    """What is computed at a time: tokens of a micro-batch, tokens whose logits are wanted, cells that attention sees.
+
+    ``falls_back``: fused attention was wanted, but CUDA has no kernel for it.
+    """
 
     tokens: int
     outputs: int
@@ -42,6 +47,7 @@ class Scale:
     cells: int
     window_cells: int
     flash_attention: bool
+    falls_back: bool
     keys: GgmlType
     values: GgmlType
 
@@ -60,6 +66,7 @@ def scale_of(profile: ModelProfile, settings: LoadSettings) -> Scale:
         cells=tokens if encoder else sequence_ctx(settings),
         window_cells=tokens if encoder else window_cells(settings, window_tokens(profile)),
         flash_attention=runs_flash_attention(profile, settings),
+        falls_back=settings.flash_attention and not runs_flash_attention(profile, settings),
         keys=ggml_type("f16" if encoder else settings.kv_type_k),
         values=ggml_type("f16" if encoder else settings.kv_type_v),
     )
@@ -131,6 +138,7 @@ class LayerGraph:
         self._has_states = has_states
         self._fetches_states = fetches_states
         self._own_states: tuple[int, ...] = ()
+        self._falls_back = scale.falls_back
         self._projects_late = profile.architecture in PROJECTS_LATE
         self._experts_away = experts == "away"
         if experts == "only":
@@ -168,7 +176,7 @@ class LayerGraph:
     def _bring_the_rest(self) -> None:
         """With the last weight from RAM begins a part of the graph that goes on into the device's own layers."""
         for name in tuple(self._brings):
-            if name not in (self._mask, POSITIONS, self._key_rotation, self._value_rotation):
+            if name not in (self._mask, POSITIONS, self._key_rotation, self._value_rotation):  # these have their moment
                 self._bring(name)
 
     def _project(self, name: str, x: int) -> int:
@@ -356,7 +364,10 @@ class LayerGraph:
             return result if latent or self._projects_late else self._rotated(result, out_features, self._value_rotation)
         scores = self.tape.op(self._cells() * self._tokens * heads * F32, q, *copies[:1])
         scores = self._in_place(scores, mask)
-        result = self._op(out_features, scores, *copies[1:])
+        operands = copies[1:]
+        if self._falls_back:  # the cache was made for fused attention: values lie the other way round
+            operands += (self.tape.op(scale.values.row_bytes(value_features) * cells, *copies[1:]),)
+        result = self._op(out_features, scores, *operands)
         if latent:
             return result
         result = self._op(out_features, result)
@@ -409,7 +420,9 @@ class LayerGraph:
     # recurrent layers
 
     def _state(self, elements: int) -> int:
-        return self.tape.op(elements * self._scale.sequences * F32)
+        """The sequences' states, fetched from where they are kept (``build_rs``)."""
+        rows = () if self._offloaded else (STATE_ROWS,)
+        return self.tape.op(elements * self._scale.sequences * F32, *rows)
 
     def _convolution(self, x: int, channels: int, taps: int, *fetched: int) -> int:
         """The last states before the tokens, transposed, then ``ggml_ssm_conv``."""

@@ -12,9 +12,18 @@ from planner.placement import Placement
 from planner.profile import ModelProfile
 from planner.settings import LoadSettings
 
-__all__ = ["MIB", "DeviceMemory", "LoadSettings", "MemoryEstimate", "cache_bytes", "estimate_memory"]
+__all__ = ["MIB", "RUNTIME_BYTES", "DeviceMemory", "LoadSettings", "MemoryEstimate", "cache_bytes", "estimate_memory"]
 
 MIB = 2**20
+
+UNKNOWN_COMPUTE_FACTOR = 2
+"""How much larger than that of known parts the compute buffer of an unknown architecture is taken to be: no known family's is
+twice what its tensors alone suggest (held by ``tests/planner/test_memory.py``)."""
+
+RUNTIME_BYTES = 527 * MIB
+"""CUDA context of a GPU that is used: what an H200 lost between NVML's free bytes before a load (22 528 MiB) and those that
+llama-server b10488 then found (22 001 MiB). Workspaces of cuBLAS come on top. Ollama's own allowance was 457 MiB
+(``cudaMinimumMemory`` of its runner era)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +51,23 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    profile: ModelProfile, settings: LoadSettings, placement: Placement, *, runtime_bytes: Sequence[int] | None = None
+    profile: ModelProfile,
+    settings: LoadSettings,
+    placement: Placement,
+    *,
+    runtime_bytes: Sequence[int] | None = None,
+    projector_bytes: int = 0,
 ) -> MemoryEstimate:
-    """Bytes on each device for ``placement``; ``runtime_bytes`` is the fixed cost of each GPU that is used (0 if not given)."""
+    """Bytes on each device for ``placement``.
+
+    ``runtime_bytes`` is the fixed cost of each GPU that is used (0 if not given; see ``RUNTIME_BYTES``). ``projector_bytes`` is
+    the size of a vision or audio projector (``--mmproj``): it goes whole to the first GPU that is used (``clip_init`` takes the
+    first device, ``tools/mtmd/clip.cpp``), or to the host where none is; its activations, which depend on the image, are not in
+    it.
+    """
+    unknown = family_of(profile.architecture) is None
+    factor = UNKNOWN_COMPUTE_FACTOR if unknown else 1
+    projector_gpu = min(placement.order, default=None)
     caches = cache_bytes(profile, settings)
     compute = compute_model(profile, settings)
     visitors = range(placement.cpu_layers)
@@ -72,17 +95,19 @@ def estimate_memory(
                 profile.layers[i].weights_bytes - (profile.layers[i].expert_bytes if i in placement.cpu_experts else 0)
                 for i in run
             )
-            + (profile.output_bytes if output else 0),
+            + (profile.output_bytes if output else 0)
+            + (projector_bytes if gpu == projector_gpu else 0),
             kv_bytes=sum(caches[i] for i in run),
-            compute_bytes=compute.device_bytes(part),
+            compute_bytes=factor * compute.device_bytes(part),
             runtime_bytes=runtime_bytes[gpu] if runtime_bytes else 0,
         )
     host = DeviceMemory(
         weights_bytes=profile.input_bytes
         + sum(layer.weights_bytes for layer in profile.layers[: placement.cpu_layers])
         + sum(profile.layers[i].expert_bytes for i in placement.cpu_experts if i >= placement.cpu_layers)
-        + (profile.output_bytes - profile.tied_bytes if placement.output_gpu is None else 0),
+        + (profile.output_bytes - profile.tied_bytes if placement.output_gpu is None else 0)
+        + (projector_bytes if projector_gpu is None else 0),
         kv_bytes=sum(caches[: placement.cpu_layers]),
-        compute_bytes=compute.host_bytes(visitors=visitors, copies=copies),
+        compute_bytes=factor * compute.host_bytes(visitors=visitors, copies=copies),
     )
-    return MemoryEstimate(devices=tuple(devices), host=host, upper_bound=family_of(profile.architecture) is None)
+    return MemoryEstimate(devices=tuple(devices), host=host, upper_bound=unknown)

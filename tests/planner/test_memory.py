@@ -1,0 +1,189 @@
+"""Bytes on each device, held to what llama.cpp b10488 itself reserves: tests/data/memory, by benchmarks/memory/measure.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.memory import MIB, LoadSettings, cache_bytes, estimate_memory
+from planner.placement import Placement, on_cpu, solo
+from planner.profile import ModelProfile, build_profile
+from tests.planner.measured import DATA, Difference, differences, estimate_of, profile_of
+
+TABLES = ("models", "families")
+MODELS = sorted(path.stem for path in (DATA / "gguf").glob("*.gguf"))
+FAMILIES = sorted(f"families/{path.stem}" for path in (DATA / "gguf" / "families").glob("*.gguf"))
+
+
+@cache
+def found(table: str) -> tuple[Difference, ...]:
+    return tuple(differences(table))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_weights_and_caches_are_exact(table: str) -> None:
+    """Weights, KV cells and recurrent states are exact to 1 MiB on every device and on the host."""
+    assert len(found(table)) > 400
+    assert [d for d in found(table) if max(abs(d.weights_mib), abs(d.kv_mib)) > 1] == []
+
+
+def test_totals_of_the_sixteen_shapes() -> None:
+    """Within 1 % or 32 MiB on at least 95 % of devices, within 3 % or 128 MiB on all, never more than 64 MiB too low."""
+    rows = found("models")
+    assert sum(d.within(0.01, 32) for d in rows) >= 0.95 * len(rows)
+    assert [d for d in rows if not d.within(0.03, 128)] == []
+    assert [d for d in rows if d.total_mib < -64] == []
+
+
+def test_totals_of_other_families() -> None:
+    """The same for families that no constant was looked up in; a few devices may be off by more."""
+    rows = found("families")
+    assert sum(d.within(0.01, 32) for d in rows) >= 0.93 * len(rows)
+    assert sum(d.within(0.03, 128) for d in rows) >= 0.99 * len(rows)
+    assert [d for d in rows if not -112 <= d.total_mib <= 176] == []
+
+
+@pytest.mark.parametrize("model", MODELS + FAMILIES)
+def test_an_unknown_architecture_gets_an_upper_bound(model: str) -> None:
+    """A model under a name that no table knows is estimated no lower than llama.cpp's truth, and says so."""
+    rows = [d for table in TABLES for d in found(table) if d.row["model"] == model]
+    profile = renamed(profile_of(model))
+    for difference in rows:
+        memory = estimate_of(difference.row, profile)
+        assert memory.upper_bound
+        part = memory.host if difference.device == "Host" else memory.devices[int(difference.device[4:])]
+        assert part.total_bytes / MIB >= difference.measured_mib - 1, difference
+
+
+def renamed(profile: ModelProfile) -> ModelProfile:
+    """The same file under an architecture of the future."""
+    old, new = profile.architecture, "tomorrow"
+    metadata = {key.replace(f"{old}.", f"{new}.", 1): value for key, value in profile.metadata.items()}
+    return build_profile(
+        metadata=metadata | {"general.architecture": new}, tensors=profile.tensors, file_bytes=profile.file_bytes
+    )
+
+
+def test_a_server_reserves_logits_for_one_token_a_sequence() -> None:
+    """With outputs = parallel the logits of a whole micro-batch fall away, as they do in llama-server b10488."""
+    profile = profile_of("qwen2.5-32b-q4km")
+    placement = solo(0, n_gpus=1, n_layers=profile.n_layers)
+    every, one = (
+        estimate_memory(profile, LoadSettings(outputs=outputs), placement).devices[0].compute_bytes for outputs in (None, 1)
+    )
+    logits_bytes = 4 * 512 * profile.vocab_size
+    assert one < logits_bytes <= every
+
+
+def test_a_recorded_server_of_a_32b_shape() -> None:
+    """A real llama-server b10488 logged 190.01 MiB of compute on one H200, 242.04 on each of two; on the host 24.01 and 36.05."""
+    profile = wide_32b(profile_of("qwen2.5-32b-q4km"))
+    served = LoadSettings(num_ctx=4096, batch=512, ubatch=512, outputs=1)
+    alone = estimate_memory(profile, served, solo(0, n_gpus=1, n_layers=64))
+    both = estimate_memory(profile, served, Placement(layers=(36, 28), order=(0, 1), output_gpu=1))
+    logged = (190.01, 24.01, 242.04, 242.04, 36.05)
+    parts = (*alone.devices, alone.host, *both.devices, both.host)
+    assert [part.compute_bytes / MIB for part in parts] == pytest.approx(logged, abs=0.3)
+
+
+def wide_32b(profile: ModelProfile) -> ModelProfile:
+    """The shape of the recorded load: 64 heads, feed-forward 25 600 wide, no biases."""
+    metadata = {key.replace("qwen2.", "llama."): value for key, value in profile.metadata.items()}
+    metadata |= {"general.architecture": "llama", "llama.attention.head_count": 64}
+    shapes = {"attn_q": (5120, 8192), "attn_output": (8192, 5120)}
+    tensors = []
+    for tensor in profile.tensors:
+        if not tensor.name.endswith(".bias"):
+            stem = tensor.name.split(".")[-2]
+            shape = shapes.get(stem, tuple(25600 if n == 27648 else n for n in tensor.shape))
+            tensors.append(replace(tensor, shape=shape))
+    return build_profile(metadata=metadata, tensors=tensors, file_bytes=0)
+
+
+def test_tied_embedding_is_loaded_once_on_the_host() -> None:
+    """A tied output matrix is a second copy on a GPU, but the same tensor where the output layer stays in RAM."""
+    profile = profile_of("families/command-r")
+    assert profile.tied_bytes > 0
+    memory = estimate_memory(profile, LoadSettings(), on_cpu(n_gpus=1, n_layers=profile.n_layers))
+    assert memory.host.weights_bytes == sum(layer.weights_bytes for layer in profile.layers) + profile.input_bytes + (
+        profile.output_bytes - profile.tied_bytes
+    )
+
+
+def test_runtime_and_projector_are_parts_of_their_own() -> None:
+    """The runtime counts on each GPU that is used, a projector on the first of them."""
+    profile = profile_of("gemma3-27b-q4km")
+    placement = Placement(layers=(0, 30, 32), order=(1, 2), output_gpu=2)
+    plain = estimate_memory(profile, LoadSettings(), placement)
+    more = estimate_memory(profile, LoadSettings(), placement, runtime_bytes=(7, 7, 7), projector_bytes=1000)
+    assert [m.total_bytes - p.total_bytes for m, p in zip(more.devices, plain.devices, strict=True)] == [0, 1007, 7]
+    assert more.host == plain.host
+
+
+def test_an_embedding_model_has_no_cache() -> None:
+    """An encoder's bytes do not grow with the context."""
+    profile = profile_of("families/nomic-bert")
+    assert set(cache_bytes(profile, LoadSettings(num_ctx=8192))) == {0}
+
+
+def test_windows_stop_growing() -> None:
+    """From a context beyond window and micro-batch on, a windowed layer keeps the same cells; a global one goes on growing."""
+    profile = profile_of("gemma3-27b-q4km")
+    small, large = (cache_bytes(profile, LoadSettings(num_ctx=ctx)) for ctx in (8192, 65536))
+    assert (small[0], 8 * small[5]) == (large[0], large[5])
+
+
+@pytest.mark.parametrize("field", ["num_ctx", "parallel", "batch", "ubatch", "outputs"])
+def test_settings_below_one_are_refused(field: str) -> None:
+    """Nothing can be loaded with zero or fewer of anything."""
+    with pytest.raises(ValueError, match="at least 1"):
+        LoadSettings(**{field: -1})
+
+
+def test_an_unknown_cache_type_is_refused() -> None:
+    """A cache type that llama.cpp does not take is named, with those that it does."""
+    with pytest.raises(ValueError, match=r"q4_k.*iq4_nl"):
+        LoadSettings(kv_type_k="q4_k")
+
+
+PROFILES = st.sampled_from([profile_of(model) for model in ("qwen3-0.6b-q8", "gpt-oss-20b", "nemotron-nano-9b-v2-q4km")])
+
+
+@st.composite
+def splits(draw: st.DrawFn, n_layers: int) -> Placement:
+    """Any contiguous placement on three GPUs, with layers left on the CPU."""
+    cuts = sorted(draw(st.lists(st.integers(0, n_layers), min_size=3, max_size=3)))
+    counts = (cuts[1] - cuts[0], cuts[2] - cuts[1], n_layers - cuts[2])
+    order = tuple(gpu for gpu, count in enumerate(counts) if count)
+    return Placement(layers=counts, order=order, output_gpu=order[-1] if order else None, cpu_layers=cuts[0])
+
+
+@given(data=st.data(), profile=PROFILES)
+@settings(max_examples=40, deadline=None)
+def test_every_byte_lies_somewhere(data: st.DataObject, profile: ModelProfile) -> None:
+    """Weights and caches add up to the model's, however it is split; nothing lies on a GPU that takes no layers."""
+    placement = data.draw(splits(profile.n_layers))
+    load = LoadSettings(num_ctx=data.draw(st.sampled_from([512, 4096, 50_000])), ubatch=data.draw(st.sampled_from([64, 512])))
+    memory = estimate_memory(profile, load, placement)
+    parts = (*memory.devices, memory.host)
+    tied = profile.tied_bytes if placement.output_gpu is None else 0
+    assert sum(part.weights_bytes for part in parts) == profile.weights_bytes + profile.input_bytes - tied
+    assert sum(part.kv_bytes for part in parts) == sum(cache_bytes(profile, load))
+    assert all(memory.devices[gpu].total_bytes == 0 for gpu in range(3) if gpu not in placement.order)
+    assert all(memory.devices[gpu].compute_bytes > 0 for gpu in placement.order)
+
+
+@given(profile=PROFILES, ctx=st.integers(256, 60_000), ubatch=st.sampled_from([128, 512, 1024]), parallel=st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_more_context_never_costs_less(profile: ModelProfile, ctx: int, ubatch: int, parallel: int) -> None:
+    """Weights and caches never shrink with the context, and equal questions get equal answers."""
+    placement = solo(0, n_gpus=1, n_layers=profile.n_layers)
+    load = LoadSettings(num_ctx=ctx, batch=2048, ubatch=ubatch, parallel=parallel)
+    less, more = (estimate_memory(profile, s, placement).devices[0] for s in (load, replace(load, num_ctx=2 * ctx)))
+    assert less.kv_bytes <= more.kv_bytes
+    profile.memo.clear()
+    assert estimate_memory(profile, load, placement).devices[0] == less
