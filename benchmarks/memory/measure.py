@@ -42,11 +42,26 @@ SPLITS = {
 }
 """What each split means to llama.cpp."""
 
-FIRST = "gemma3-27b-q4km gpt-oss-20b llama3.1-8b-q4km llama3.3-70b-q4km qwen2.5-32b-q4km qwen3-0.6b-q8 qwen3-30b-a3b-q4km".split()
-SECOND = (
-    "deepseek-v2-lite-q4km gemma2-27b-q4km gemma3n-e4b-q4km gemma4-31b-q4km llama4-scout-q4km mistral-small-24b-q4km "
-    "nemotron-nano-9b-v2-q4km phi4-14b-q4km qwen3.5-35b-a3b-q4km"
-).split()
+FIRST = [
+    "gemma3-27b-q4km",
+    "gpt-oss-20b",
+    "llama3.1-8b-q4km",
+    "llama3.3-70b-q4km",
+    "qwen2.5-32b-q4km",
+    "qwen3-0.6b-q8",
+    "qwen3-30b-a3b-q4km",
+]
+SECOND = [
+    "deepseek-v2-lite-q4km",
+    "gemma2-27b-q4km",
+    "gemma3n-e4b-q4km",
+    "gemma4-31b-q4km",
+    "llama4-scout-q4km",
+    "mistral-small-24b-q4km",
+    "nemotron-nano-9b-v2-q4km",
+    "phi4-14b-q4km",
+    "qwen3.5-35b-a3b-q4km",
+]
 
 Case = dict[str, Any]
 
