@@ -1,16 +1,16 @@
 """Places the layers of a language model on unequal GPUs. Pure: no I/O, no clock, no environment, no logging.
 
-``make_plan(profile, rig, request)`` is the whole of it: what a model is, what a machine has, and what is asked for go in, a ``Plan``
-comes out, with what stock Ollama would do beside it and the reasons. From the bottom up:
+``make_plan(profile, rig, request)`` is the whole of it: what a model is, what a machine has, and what is asked for go in, a
+``Plan`` comes out, with what stock Ollama would do beside it and the reasons. From the bottom up:
 
-* ``hardware``, ``profile``, ``settings``, ``placement``: the vocabulary. A ``Rig`` has its GPUs in Ollama's order, a ``ModelProfile``
-  the bytes of each layer, ``LoadSettings`` context, batch and cache types, a ``Placement`` the GPU of each layer.
+* ``hardware``, ``profile``, ``settings``, ``placement``: the vocabulary. A ``Rig`` has its GPUs in Ollama's order, a
+  ``ModelProfile`` the bytes of each layer, ``LoadSettings`` context, batch, cache types, a ``Placement`` the GPU of each layer.
 * ``memory``: the bytes that a placement takes on each device, exact (``cache``, ``graph``, ``tape``, ``allocator``, ``families``,
   ``quantization`` are its parts); ``sizes`` answers the same for a search, in microseconds.
 * ``speed``: the tokens per second of a placement, from the cards' data or learned rates (``Calibration``).
 * ``fit`` and ``autofit``: how Ollama's two eras split layers; ``stock``: what stock Ollama does with a request.
 * ``power``, ``costs``, ``balance``, ``contiguous``, ``layout``: the boost algorithm.
-* ``request``, ``search``, ``plan``: the question, the candidates, and the answer.
+* ``request``, ``search``, ``plan``, ``reasons``: the question, the candidates, the answer, and why.
 """
 
 from planner.hardware import Gpu, Host, Rig

@@ -62,8 +62,10 @@ class _Share:
 
 
 def split_by_memory(layers: int, free_bytes: Sequence[int]) -> tuple[int, ...]:
-    """How the default split hands out ``layers`` (the output layer counted): layer ``i`` goes to the first device whose cumulative
-    share of the free memory exceeds ``i / layers`` (``load_tensors`` in ``src/llama-model.cpp``)."""
+    """How the default split hands out ``layers``, the output layer counted (``load_tensors`` in ``src/llama-model.cpp``).
+
+    Layer ``i`` goes to the first device whose cumulative share of the free memory exceeds ``i / layers``.
+    """
     total = sum(free_bytes)
     if not total:
         return tuple(layers if i == 0 else 0 for i in range(len(free_bytes)))

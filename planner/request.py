@@ -17,13 +17,13 @@ Objective = Literal["decode", "prefill", "balanced"]
 """What is to be fast: writing the answer, reading the prompt, or a chat turn of both (``planner.search.BALANCED_TURN``)."""
 
 MARGIN_BYTES = 384 * MIB
-"""Bytes left free on each GPU beside everything that is accounted for: temporary pools, fragmentation, a desktop that grows.
-Measured with Ollama 0.32.15 on two GPUs: the tightest split that was loaded and run left 424 MiB, one that needed 146 MiB more than
-there were failed. llama.cpp's own ``--fit`` leaves 1024 MiB (``planner.autofit.FIT_MARGIN_BYTES``)."""
+"""Bytes left free on each GPU beside everything that is accounted for: cuBLAS workspaces and buffer pools (72 to 153 MiB
+measured on an H200 after prompts of 2048 tokens), fragmentation, a desktop that grows. With Ollama 0.32.15 a split ran that
+left 424 MiB; one that needed 146 MiB more than there were failed. llama.cpp's ``--fit`` leaves ``autofit.FIT_MARGIN_BYTES``."""
 
 RUNTIME_BYTES = 527 * MIB
-"""What the CUDA context of a process takes on each GPU that it uses. Measured: of 22528 and 14336 MiB free, llama-server b10488 (CUDA
-13, H200) sees 22001 and 13809. Smaller cards take less."""
+"""What the CUDA context of a process takes on each GPU that it uses. Measured: of 22528 and 14336 MiB free, llama-server b10488
+(CUDA 13, H200) sees 22001 and 13809. Smaller cards take less."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

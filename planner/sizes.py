@@ -17,7 +17,7 @@ from planner.settings import LoadSettings
 
 
 class Sizes:
-    """Sizes of ``profile`` loaded with ``settings``. ``held_prefix[i]``: weights and caches of the layers below ``i``, in bytes."""
+    """Sizes of ``profile`` under ``settings``. ``held_prefix[i]``: weights and caches of the layers below ``i``, in bytes."""
 
     def __init__(self, profile: ModelProfile, settings: LoadSettings) -> None:
         self.profile = profile

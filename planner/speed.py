@@ -4,8 +4,8 @@ Decode computes layer after layer, so its time is a sum over devices::
 
     t = Σ_d (active weight bytes_d + cache bytes_d) / effective bandwidth_d + layers · LAYER_SECONDS + hops · HOP_SECONDS
 
-Active are all weights of a dense layer and ``experts_used / expert_count`` of the routed experts. On a measured pair of unequal GPUs
-(70B, five splits) this holds within 4 %. Prefill works on micro-batches: each device is a stage that takes
+Active are all weights of a dense layer and ``experts_used / expert_count`` of the routed experts. On a measured pair of unequal
+GPUs (70B, four splits) this holds within 4 %. Prefill works on micro-batches: each device is a stage that takes
 ``2 · active parameters · tokens / rate`` seconds (at least as long as reading its weights); where everything is on GPUs, the
 stages overlap, ``t = Σ stages + (micro-batches − 1) · slowest stage``, else they follow one another. Weights in RAM are copied to
 a GPU for each micro-batch.
@@ -28,12 +28,12 @@ from planner.profile import ModelProfile
 from planner.settings import LoadSettings
 
 GPU_EFFICIENCY = 0.73
-"""Part of a GPU's theoretical memory rate that decode reaches, a pure number. Two solo rows measured on one H200 (4.8 TB/s; 70B Q4_0,
-39.5 GB: 52.5 tok/s; 32B Q4_0, 18.6 GB: 86.8 tok/s) give 0.73 and 97 µs a layer; llama.cpp's published 7B Q4_0 rows for the RTX 3090
-and 4090 agree with 0.73 and 4 … 23 µs."""
+"""Part of a GPU's theoretical memory rate that decode reaches, a pure number. Two solo rows measured on one H200 (4.8 TB/s;
+70B Q4_0, 39.5 GB: 52.5 tok/s; 32B Q4_0, 18.6 GB: 86.8 tok/s) give 0.73 and 97 µs a layer, on a virtual machine; a Tesla P40 with
+7B Q4_0 at 56.8 tok/s (llama.cpp pull request 4766) reaches 0.63 with the layers' costs counted in."""
 
 LAYER_SECONDS = 20e-6
-"""What a layer costs beside its bytes (kernel starts, norms); see ``GPU_EFFICIENCY``: 4 … 23 µs on desktop cards."""
+"""What a layer costs beside its bytes (kernel starts, norms): some ten kernels of 2 µs; see ``GPU_EFFICIENCY``. An estimate."""
 
 HOP_SECONDS = 25e-6
 """Handing a hidden state to the next device and waiting for it; below what the measured splits can tell from nothing."""
@@ -55,7 +55,7 @@ UNKNOWN_BANDWIDTH = (
     ((7, 0), 448e9),  # RTX 2070
     ((6, 0), 320e9),  # GTX 1080
 )
-"""``(lowest compute capability, bytes/s)`` for a GPU of unknown bandwidth: a middling card of its generation (NVIDIA's data sheets)."""
+"""``(lowest compute capability, bytes/s)`` for a GPU of unknown bandwidth: a middling card of its generation (NVIDIA's data)."""
 
 LOWEST_BANDWIDTH = 192e9
 """Bytes/s of older GPUs, and where the compute capability is unknown too (a GTX 1060's)."""
@@ -78,7 +78,7 @@ UNKNOWN_SM_CYCLES_PER_S = 80e9
 """SM count × clock of a GPU where one is unknown: 46 SMs at 1.74 GHz (an RTX 3070)."""
 
 PCIE_LANE_BYTES_PER_S = 0.8 * 0.985e9
-"""Of one third-generation lane, a fifth of it lost to protocol; each generation doubles it (PCI Express Base Specification 3.0)."""
+"""Of one third-generation lane, a fifth of it lost to protocol; each generation doubles it (PCI Express Base Specification)."""
 
 UNKNOWN_PCIE = (3, 16)
 """Generation and lanes of a link that is not known."""
@@ -104,7 +104,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Rates learned from real answers: ``(effective bytes/s, prefill FLOP/s)`` by GPU UUID. Unknown GPUs keep the predicted ones."""
+    """Rates learned from real answers: ``(effective bytes/s, prefill FLOP/s)`` by GPU UUID; others keep the predicted ones."""
 
     rates: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 

@@ -1,7 +1,7 @@
 """What stock Ollama would do with a request: the baseline that no plan may be slower than. Both eras.
 
-0.30 and later (``server/sched.go``, v0.32.15): one GPU where ``PredictServerVRAM`` is within 80 % of its free memory (the one with the
-most of it), else all GPUs of one library; llama.cpp's ``--fit`` splits inside (``planner.autofit``). 0.11.5 to 0.24
+0.30 and later (``server/sched.go``, v0.32.15): one GPU where ``PredictServerVRAM`` is within 80 % of its free memory (the one
+with the most of it), else all GPUs of one library; llama.cpp's ``--fit`` splits inside (``planner.autofit``). 0.11.5 to 0.24
 (``llm/server.go``): as few GPUs as hold everything, filled in proportion to memory (``planner.fit``).
 """
 
@@ -67,7 +67,7 @@ class StockLoad:
 
 
 def default_num_ctx(rig: Rig) -> int:
-    """Tokens of context where neither the request nor the model nor ``OLLAMA_CONTEXT_LENGTH`` says any, the trained limit aside."""
+    """Tokens of context where neither request, model nor ``OLLAMA_CONTEXT_LENGTH`` says any, the trained limit aside."""
     total = sum(gpu.total_bytes for gpu in rig.gpus)
     return next(tokens for least, tokens in CONTEXT_TIERS if total >= least)
 

@@ -1,0 +1,87 @@
+"""A plan's reasons in words: what stock does, what does not fit, what was chosen, what bounds it. Computes nothing anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.hardware import Rig
+from planner.memory import MIB
+from planner.request import Candidate, PlanRequest
+from planner.search import NEVER_WORSE_GAIN, gpu_names, score
+
+GIB = 1024 * MIB
+
+LOSERS_SHOWN = 5
+"""Candidates that are named beside the chosen one."""
+
+
+def reasons(
+    rig: Rig,
+    request: PlanRequest,
+    *,
+    chosen: Candidate,
+    stock: Candidate,
+    fitting: Sequence[Candidate],
+    rejected: Sequence[Candidate],
+) -> tuple[str, ...]:
+    """Why ``chosen``: one sentence each, in order."""
+    names = gpu_names(rig)
+    lines = [f"stock Ollama ({request.era} era): {describe(stock, names)}, {_speed(stock)}"]
+    if not stock.fits:
+        lines.append(f"stock would run out of memory: {_overflow(stock, names)}")
+    lines += [f"{candidate.label} does not fit: {_overflow(candidate, names)}" for candidate in rejected]
+    losers = [candidate for candidate in fitting if candidate is not chosen][:LOSERS_SHOWN]
+    if chosen is stock:
+        lines.append(_stock_stays(stock, losers, request))
+        return tuple(lines)
+    lines += [f"not chosen: {candidate.label}, {_speed(candidate)}" for candidate in losers]
+    gain = score(chosen, request.objective) / score(stock, request.objective) - 1
+    rates = "by measured rates" if chosen.calibrated else "predicted, not calibrated"
+    lines.append(f"chosen: {describe(chosen, names)}, {_speed(chosen)}, {gain:+.0%} against stock ({rates})")
+    lines += _bounds(chosen, names)
+    return tuple(lines)
+
+
+def boost_reason(boost: float) -> str:
+    """Why there was no search."""
+    return f"the boost {boost:g} is set: the boost algorithm's layout, whatever is predicted"
+
+
+def describe(candidate: Candidate, names: Sequence[str]) -> str:
+    """A placement in words; layers count the output layer."""
+    placement = candidate.placement
+    if not placement.order:
+        return "everything in RAM"
+    if placement.kind == "solo":
+        return f"everything on {names[placement.order[0]]}"
+    text = " + ".join(f"{placement.shares[gpu]} layers on {names[gpu]}" for gpu in placement.order)
+    text += f" + {placement.cpu_layers} in RAM" if placement.cpu_layers else ""
+    return text + (f", the experts of {len(placement.cpu_experts)} layers in RAM" if placement.cpu_experts else "")
+
+
+def _stock_stays(stock: Candidate, losers: Sequence[Candidate], request: PlanRequest) -> str:
+    if not losers:
+        return "stock stays: nothing else fits"
+    gain = score(losers[0], request.objective) / score(stock, request.objective) - 1
+    return f"stock stays: the best other, {losers[0].label}, is predicted {gain:+.1%}, and a plan needs {NEVER_WORSE_GAIN:+.0%}"
+
+
+def _speed(candidate: Candidate) -> str:
+    return f"{candidate.decode_tokens_per_s:.1f} tok/s decode, {candidate.prefill_tokens_per_s:.0f} tok/s prefill"
+
+
+def _overflow(candidate: Candidate, names: Sequence[str]) -> str:
+    over = [
+        f"{names[gpu]} would need {device.total_bytes / GIB:.1f} of {limit / GIB:.1f} GiB"
+        for gpu, (device, limit) in enumerate(zip(candidate.memory.devices, candidate.limits, strict=True))
+        if device.total_bytes > limit
+    ]
+    return "; ".join(over) or f"the host would need {candidate.memory.host.total_bytes / GIB:.1f} GiB of RAM"
+
+
+def _bounds(chosen: Candidate, names: Sequence[str]) -> list[str]:
+    """What each GPU is given, the last in order first: the one that was filled first."""
+    return [
+        f"{names[gpu]} is given {chosen.memory.devices[gpu].total_bytes / GIB:.1f} of {chosen.limits[gpu] / GIB:.1f} GiB"
+        for gpu in reversed(chosen.placement.order)
+    ]

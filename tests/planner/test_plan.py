@@ -1,0 +1,216 @@
+"""Plans: what they promise on any rig, and what they say about a few real ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.hardware import Rig
+from planner.memory import estimate_memory
+from planner.placement import Placement
+from planner.plan import Plan, make_plan
+from planner.profile import ModelProfile
+from planner.request import Candidate, PlanRequest
+from planner.search import NEVER_WORSE_GAIN, TIE
+from planner.speed import Calibration
+from tests.planner import models
+from tests.planner.models import gpu, rig, rtx3090, rtx5090
+
+LLAMA_70B = "llama3.3-70b-q4km"
+QWEN_32B = "qwen2.5-32b-q4km"
+PAIR = rig(rtx5090(), rtx3090())
+
+SLOWER_AT_MOST = (1 - NEVER_WORSE_GAIN) * (1 - TIE)
+"""What more memory may cost: stock can come within the gain that a plan must have over it."""
+
+
+def decode(candidate: Candidate) -> float:
+    """Its decode rate."""
+    return candidate.decode_tokens_per_s
+
+
+@st.composite
+def rigs(draw: st.DrawFn, most: int = 4) -> Rig:
+    """Some GPUs, from tiny to large, slow and fast, integrated now and then."""
+    cards = draw(st.lists(st.tuples(st.integers(40, 600), st.integers(100, 1800), st.booleans()), min_size=1, max_size=most))
+    return rig(
+        *(gpu(f"gpu{i}", free, gb_per_s=rate, integrated=shared and i == 2) for i, (free, rate, shared) in enumerate(cards))
+    )
+
+
+PROFILES = st.sampled_from(
+    [
+        models.small(n_layers=12, ffn=(4096, 2048)),
+        models.small(n_layers=30, ffn=(2048,), vocabulary=16384),
+        models.small(n_layers=10, ffn=(1024,), experts=8),
+    ]
+)
+REQUESTS = st.builds(
+    PlanRequest,
+    num_ctx=st.sampled_from([2048, 8192, None]),
+    num_batch=st.sampled_from([128, None]),
+    era=st.sampled_from(["runner", "llama-server"]),
+    spread=st.booleans(),
+    objective=st.sampled_from(["decode", "prefill", "balanced"]),
+    margin_bytes=st.just(8 * models.MIB),
+    runtime_bytes=st.just(16 * models.MIB),
+)
+
+
+def check(plan: Plan) -> None:
+    """What every plan keeps."""
+    for candidate in (*plan.alternatives, plan.chosen, plan.chosen_by_options):
+        if candidate is not plan.stock:
+            assert candidate.fits
+        assert candidate.placement.n_layers == plan.profile.n_layers
+    if plan.stock.fits and plan.request.objective == "decode":
+        assert decode(plan.chosen) >= decode(plan.stock)
+        assert decode(plan.chosen) >= decode(plan.chosen_by_options) * (1 - TIE)
+    assert plan.stock is plan.stock_by_era[plan.request.era]
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROFILES, rigs(), REQUESTS)
+def test_no_gpu_is_given_more_than_it_has_and_nothing_is_slower_than_stock(
+    profile: ModelProfile, cards: Rig, request: PlanRequest
+) -> None:
+    """On any rig, in both eras, for every objective."""
+    check(make_plan(profile, cards, request))
+
+
+@settings(max_examples=40, deadline=None)
+@given(PROFILES, rigs(3), st.data())
+def test_more_memory_never_makes_a_plan_slower_or_infeasible(profile: ModelProfile, cards: Rig, data: st.DataObject) -> None:
+    """One GPU gets up to 300 MiB more; the batch is set, since stock's automatic one grows with the memory."""
+    request = PlanRequest(num_ctx=4096, num_batch=64, margin_bytes=0, runtime_bytes=0)
+    i = data.draw(st.integers(0, len(cards.gpus) - 1))
+    more = data.draw(st.integers(1, 300)) * models.MIB
+    larger = replace(cards.gpus[i], free_bytes=cards.gpus[i].free_bytes + more, total_bytes=cards.gpus[i].total_bytes + more)
+    before = make_plan(profile, cards, request)
+    after = make_plan(profile, replace(cards, gpus=(*cards.gpus[:i], larger, *cards.gpus[i + 1 :])), request)
+    assert after.chosen.fits
+    assert decode(after.chosen) >= decode(before.chosen) * SLOWER_AT_MOST
+
+
+@settings(max_examples=40, deadline=None)
+@given(PROFILES, rigs(3), st.randoms(use_true_random=False))
+def test_the_order_of_the_gpus_changes_nothing_but_their_numbers(profile: ModelProfile, cards: Rig, random: object) -> None:
+    """The best candidate beside stock (whose split follows the order) is as fast, on the same cards."""
+    order = list(range(len(cards.gpus)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    request = PlanRequest(num_ctx=4096, num_batch=64, margin_bytes=0, runtime_bytes=0)
+    plans = [make_plan(profile, c, request) for c in (cards, replace(cards, gpus=tuple(cards.gpus[i] for i in order)))]
+    first, second = (max((decode(c) for c in (*p.alternatives, p.stock) if c.fits), default=0) for p in plans)
+    assert first == pytest.approx(second, rel=2 * TIE)
+
+
+def test_equal_input_gives_an_equal_plan() -> None:
+    """Nothing but the arguments has a say."""
+    profile = models.header(LLAMA_70B)
+    assert make_plan(profile, PAIR, PlanRequest(num_ctx=8192)) == make_plan(profile, PAIR, PlanRequest(num_ctx=8192))
+
+
+def test_a_70b_fills_the_5090_first_with_the_output_layer_on_it() -> None:
+    """The split that options cannot deliver: the 3090 takes the low layers, the 5090 is filled to its limit."""
+    plan = make_plan(models.header(LLAMA_70B), PAIR, PlanRequest(num_ctx=8192))
+    placement = plan.chosen.placement
+    assert (placement.order, placement.output_gpu) == ((1, 0), 0)
+    assert placement.shares[0] > plan.stock.placement.shares[0]
+    layer = plan.profile.layers[40].weights_bytes
+    assert plan.chosen.limits[0] - plan.chosen.memory.devices[0].total_bytes < 1.2 * layer
+    assert plan.chosen_by_options is plan.stock
+
+
+def test_a_32b_that_stock_splits_runs_on_the_fast_card_alone() -> None:
+    """18.5 GiB are more than 80 % of a 4090, yet they fit: ``main_gpu`` delivers that."""
+    cards = rig(
+        gpu("RTX 4090", 23700, total_mib=24564, gb_per_s=1008, capability=(8, 9), sm_count=128, clock_mhz=2520), rtx3090(16000)
+    )
+    plan = make_plan(models.header(QWEN_32B), cards, PlanRequest(num_ctx=4096))
+    assert plan.stock.placement.kind == "split"
+    assert plan.chosen.placement.order == (0,)
+    assert plan.chosen_by_options is plan.chosen
+    assert any("chosen: everything on RTX 4090" in reason and "predicted, not calibrated" in reason for reason in plan.reasons)
+
+
+def test_a_model_that_stock_puts_on_the_slow_card_goes_to_the_fast_one() -> None:
+    """Case C: the slow card has more free memory."""
+    cards = rig(rtx5090(24000), gpu("Tesla P40", 24300, gb_per_s=346, capability=(6, 1), sm_count=30, clock_mhz=1531))
+    plan = make_plan(models.header("phi4-14b-q4km"), cards, PlanRequest(num_ctx=8192))
+    assert plan.stock.placement.order == (1,)
+    assert plan.chosen.placement.order == plan.chosen_by_options.placement.order == (0,)
+
+
+def test_stock_stays_the_very_object_where_it_is_right() -> None:
+    """The 5090 alone, by stock's own choice."""
+    plan = make_plan(models.header(QWEN_32B), PAIR, PlanRequest(num_ctx=4096))
+    assert plan.chosen is plan.chosen_by_options is plan.stock
+    assert any(reason.startswith("stock stays") for reason in plan.reasons)
+
+
+def test_num_gpu_brings_back_layers_that_stock_left_in_ram() -> None:
+    """``--fit`` keeps 1 GiB free on each card; a model that needs some of it ends partly in RAM, which ``num_gpu`` mends."""
+    profile = models.header(QWEN_32B)
+    plans = (make_plan(profile, rig(rtx3090(free), rtx3090(free)), PlanRequest(num_ctx=4096)) for free in range(11600, 12400, 50))
+    mended = next(plan for plan in plans if plan.stock.placement.kind == "partial")
+    assert mended.chosen_by_options.label == "all layers (num_gpu)" or mended.chosen_by_options is mended.stock
+
+
+@pytest.mark.parametrize("boost", [1.0, 1.25, 1.5, 1.75, 2.0])
+def test_a_boost_is_taken_literally_and_recorded_beside_stock(boost: float) -> None:
+    """Whatever is predicted; the reasons begin with it."""
+    plan = make_plan(models.header(LLAMA_70B), PAIR, PlanRequest(num_ctx=8192, boost=boost))
+    assert plan.chosen.label == f"boost {boost:g}"
+    assert plan.chosen.fits
+    assert plan.reasons[0].startswith(f"the boost {boost:g} is set")
+    assert plan.stock.label == "stock"
+
+
+def test_experts_go_to_ram_before_whole_layers() -> None:
+    """Llama 4 Scout, 61 GiB, on 54 GiB: only the routed experts of a few layers leave the GPUs."""
+    plan = make_plan(models.header("llama4-scout-q4km"), PAIR, PlanRequest(num_ctx=8192))
+    assert plan.chosen.placement.cpu_experts == frozenset(range(len(plan.chosen.placement.cpu_experts)))
+    assert plan.chosen.placement.cpu_layers == 0
+    assert decode(plan.chosen) > decode(plan.stock)
+
+
+def test_a_wider_margin_is_kept() -> None:
+    """After a load that failed."""
+    margin = 3 * models.GIB
+    plan = make_plan(models.header(LLAMA_70B), PAIR, PlanRequest(num_ctx=8192, margin_bytes=margin))
+    for device, card in zip(plan.chosen.memory.devices, PAIR.gpus, strict=True):
+        assert device.total_bytes <= card.free_bytes - margin
+
+
+def test_learned_rates_decide_and_are_named() -> None:
+    """A 5090 that turned out slower than the 3090 (a power limit, a bad slot) is not filled first."""
+    rates = {"GPU-RTX 5090": (300e9, 2e13), "GPU-RTX 3090": (700e9, 6e13)}
+    plan = make_plan(models.header(LLAMA_70B), PAIR, PlanRequest(num_ctx=8192, calibration=Calibration(rates=rates)))
+    assert plan.chosen.calibrated
+    assert plan.chosen.placement.output_gpu == 1 or plan.chosen is plan.stock
+    assert plan.chosen.memory.devices[1].total_bytes > 0.9 * plan.chosen.limits[1]
+
+
+def test_what_is_predicted_lies_between_the_measured_neighbours() -> None:
+    """Case B, two cards of 14336 MiB: 46 layers on the fast card ran, with 424 MiB to spare, what took 570 MiB more failed."""
+    profile = models.quantized(QWEN_32B, "q4_0")
+    cards = rig(gpu("fast", 14336, gb_per_s=4800), gpu("slow", 14336, gb_per_s=3300))
+    plan = make_plan(profile, cards, PlanRequest(num_ctx=4096))
+    ran = Placement(layers=(45, 19), order=(1, 0), output_gpu=0)
+    settings = plan.chosen.settings
+    ran_bytes = estimate_memory(profile, settings, ran).devices[0].total_bytes
+    chosen = plan.chosen.memory.devices[0]
+    layer = profile.layers[0].weights_bytes
+    assert ran_bytes - layer < chosen.total_bytes - chosen.runtime_bytes < ran_bytes + 200 * models.MIB
+
+
+def test_a_machine_without_gpus_and_a_host_without_memory_are_answers_too() -> None:
+    """Nothing raises: stock stays, and the reason says that nothing fits."""
+    profile = models.header(LLAMA_70B)
+    assert make_plan(profile, rig(), PlanRequest()).chosen.placement.kind == "cpu"
+    nothing = make_plan(profile, rig(gpu("small", 2000), ram_gib=4), PlanRequest(num_ctx=4096))
+    assert nothing.chosen is nothing.stock
+    assert any("nothing else fits" in reason for reason in nothing.reasons)
