@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache as cached
 
 from planner.families import Family, family_of
 from planner.profile import ModelProfile, Tensor
@@ -133,23 +132,23 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
     shared = profile.integer("attention.shared_kv_layers")
     owners = profile.n_layers - shared if shared else family.cached_layers or profile.n_layers
     state = _state_elements(profile)
-    rows = []
+    rows: list[LayerCache] = []
+    alike: dict[LayerCache, LayerCache] = {}
     for i, tensors in enumerate(profile.layer_tensors):
         computed = i < profile.n_computed_layers
         recurrent = is_recurrent(tensors)
         attends = bool(heads_kv[i]) and (not recurrent or "attention_and_state" in family.features or unknown)
         owns = attends and i < owners and (computed or family.nextn_cached) and not {"encoder", "no_cache"} & family.features
-        rows.append(
-            LayerCache(
-                windowed=windowed[i],
-                key_elements=heads_kv[i] * (key_window if windowed[i] else key),
-                value_elements=0 if is_mla else heads_kv[i] * (value_window if windowed[i] else value),
-                indexer_elements=indexer,
-                state_elements=state if recurrent and computed else 0,
-                attends=attends and computed,
-                owns_cache=owns,
-            )
+        row = LayerCache(
+            windowed=windowed[i],
+            key_elements=heads_kv[i] * (key_window if windowed[i] else key),
+            value_elements=0 if is_mla else heads_kv[i] * (value_window if windowed[i] else value),
+            indexer_elements=indexer,
+            state_elements=state if recurrent and computed else 0,
+            attends=attends and computed,
+            owns_cache=owns,
         )
+        rows.append(alike.setdefault(row, row))
     return tuple(rows)
 
 
@@ -170,7 +169,6 @@ def _cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ..
     # without flash attention V is stored transposed, in rows of one width (llama_kv_cache, TAG_V_CACHE_VARIABLE)
     widest = 0 if settings.flash_attention else max((c.value_elements for c in caches), default=0)
 
-    @cached
     def bytes_of(cache: LayerCache) -> int:
         size = settings.parallel * cache.state_elements * STATE_ELEMENT_BYTES
         if cache.owns_cache:
@@ -179,4 +177,8 @@ def _cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ..
             size += (window if cache.windowed else full) * row
         return size
 
-    return tuple(map(bytes_of, caches))
+    known: dict[int, int] = {}
+    for cache in caches:
+        if id(cache) not in known:
+            known[id(cache)] = bytes_of(cache)
+    return tuple(known[id(cache)] for cache in caches)

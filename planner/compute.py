@@ -122,6 +122,7 @@ class ComputeModel:
                 self._sizes[matrix] = align(rotation_bytes(profile, self._scale, matrix))
         self._embedding_bytes = align(width * tokens * F32)
         self._altup = streams > 1
+        self._owners = [i for i in range(self._n) if self._caches[i].owns_cache]
         self._mamba_layers = [i for i in range(self._n) if is_mamba(profile.layer_tensors[i])]
         channels = profile.integer("ssm.inner_size") + 2 * profile.integer("ssm.group_count") * profile.integer("ssm.state_size")
         self._sizes[STATES] = align(max(profile.integer("ssm.conv_kernel") - 1, 0) * channels * self._scale.sequences * F32)
@@ -129,6 +130,7 @@ class ComputeModel:
         self._transitions: dict[object, tuple[State, int, dict[int, int]]] = {}
         self._parts: dict[DevicePart, int] = {}
         self._alikes: dict[object, int] = {}
+        self._read_by: dict[tuple[int, bool, bool], tuple[int, ...]] = {}
 
     def device_bytes(self, part: DevicePart) -> int:
         """Bytes of the compute buffer of a device."""
@@ -253,6 +255,8 @@ class ComputeModel:
         where that lies on another device, its gate is computed here (from the whole projection), and copied back.
         """
         mamba = self._mamba_layers
+        if not mamba:
+            return []
         own = [i for i in mamba if i in part.layers]
         sizes = []
 
@@ -268,8 +272,10 @@ class ComputeModel:
     def _borrowed(self, part: DevicePart) -> list[int]:
         """Caches of layers on another device that layers here read: each reader gets a copy (Gemma 3n, Gemma 4)."""
         scale = self._scale
-        owners = [i for i in range(self._n) if self._caches[i].owns_cache]
-        sizes = []
+        owners = self._owners
+        sizes: list[int] = []
+        if len(owners) == self._n:
+            return sizes
         for i in part.layers:
             cache = self._caches[i] if i < self._n else None
             if cache and cache.attends and not cache.owns_cache and owners:
@@ -291,6 +297,13 @@ class ComputeModel:
 
     def _reads(self, i: int, *, visiting: bool) -> tuple[int, ...]:
         """Inputs of the graph that a layer reads on its device, in order."""
+        key = (i if visiting else self._kinds[i], i == self._n - 1, visiting)
+        found = self._read_by.get(key)
+        if found is None:
+            found = self._read_by[key] = self._inputs_of(i, visiting=visiting)
+        return found
+
+    def _inputs_of(self, i: int, *, visiting: bool) -> tuple[int, ...]:
         cache = self._caches[i]
         extra: tuple[int, ...] = (PER_LAYER,) if self._sizes[PER_LAYER] else ()
         if i == self._n - 1 and self._profile.architecture not in LATE_OUTPUTS:
