@@ -223,13 +223,19 @@ def _read_request(connection: socket.socket) -> bytes:
     connection.settimeout(10)
     data = b""
     while b"\r\n\r\n" not in data:
-        data += connection.recv(65536)
+        data += _received(connection)
     head, _, body = data.partition(b"\r\n\r\n")
     length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))
     while len(body) < length:
-        body += connection.recv(65536)
+        body += _received(connection)
     assert len(body) == length
     return head + b"\r\n\r\n" + body
+
+
+def _received(connection: socket.socket) -> bytes:
+    if not (data := connection.recv(65536)):
+        raise ConnectionError("the launcher has gone before its request was whole")
+    return data
 
 
 # When all is well

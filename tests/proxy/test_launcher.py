@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def test_installed_the_launcher_stands_in_place_and_the_original_beside_it(libra
     assert (library / NAME).read_bytes() == shipped_launcher().read_bytes()
     assert (library / STOCK).read_bytes() == real()
     assert version(library) == "version: 1 --version\n"
+
+
+def test_the_wheel_carries_the_script_where_it_is_looked_for():
+    project = tomllib.loads((ENTRYPOINT.parent.parent / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {f"docker/{NAME}": f"proxy/data/{NAME}"}
+    assert shipped_launcher().name == NAME
+    assert os.access(shipped_launcher(), os.X_OK)
 
 
 def test_url_and_token_are_for_ollamas_user_alone(library):
