@@ -12,18 +12,13 @@ from planner.placement import Placement
 from planner.profile import ModelProfile
 from planner.settings import LoadSettings
 
-__all__ = ["MIB", "RUNTIME_BYTES", "DeviceMemory", "LoadSettings", "MemoryEstimate", "cache_bytes", "estimate_memory"]
+__all__ = ["MIB", "DeviceMemory", "LoadSettings", "MemoryEstimate", "cache_bytes", "estimate_memory"]
 
 MIB = 2**20
 
 UNKNOWN_COMPUTE_FACTOR = 2
 """How much larger than that of known parts the compute buffer of an unknown architecture is taken to be: no known family's is
 twice what its tensors alone suggest (held by ``tests/planner/test_memory.py``)."""
-
-RUNTIME_BYTES = 527 * MIB
-"""CUDA context of a GPU that is used: what an H200 lost between NVML's free bytes before a load (22 528 MiB) and those that
-llama-server b10488 then found (22 001 MiB). Workspaces of cuBLAS come on top. Ollama's own allowance was 457 MiB
-(``cudaMinimumMemory`` of its runner era)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +55,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes on each device for ``placement``.
 
-    ``runtime_bytes`` is the fixed cost of each GPU that is used (0 if not given; see ``RUNTIME_BYTES``). ``projector_bytes`` is
+    ``runtime_bytes`` is the fixed cost of each GPU that is used (0 if not given; see ``planner.request``). ``projector_bytes`` is
     the size of a vision or audio projector (``--mmproj``): it goes whole to the first GPU that is used (``clip_init`` takes the
     first device, ``tools/mtmd/clip.cpp``), or to the host where none is; its activations, which depend on the image, are not in
     it.
