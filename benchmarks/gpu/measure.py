@@ -1,0 +1,151 @@
+"""Load a model in llama-server at given placements; record MiB per device and decode and prefill rates, one JSON line each.
+
+    python benchmarks/gpu/measure.py --server llama-server --model 32b.gguf --out rows.jsonl \
+        --case 'solo0:--device CUDA0 --split-mode none' --case 'split:--device CUDA1,CUDA0 --tensor-split 20,45'
+
+A case that stands in the output file already is not run again. ``--preload LIB`` and ``--env NAME=VALUE`` reach the server
+(to hold a card back). Standard library only, so that it runs wherever llama-server does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+BUFFER = re.compile(r"(\S+) (model|KV|RS|compute|output) buffer size =\s*([\d.]+) MiB")
+LOAD_TIMEOUT_S = 240
+PROMPT_TOKENS = 2048
+DECODE_TOKENS = 96
+
+
+def used_mib() -> list[float]:
+    """MiB in use on each NVIDIA GPU, by NVML through nvidia-smi; an empty list without one."""
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [float(line) for line in out.stdout.split()]
+
+
+def post(port: int, path: str, body: dict[str, object], timeout_s: float = 300) -> dict[str, object]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        return json.load(answer)
+
+
+def wait_until_loaded(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + LOAD_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError("the server ended or did not load in time")
+
+
+def rates(port: int, runs: int) -> dict[str, object]:
+    """Medians of ``runs`` runs: a prompt of 2048 tokens, then 96 tokens decoded, none of it from the prompt cache."""
+    decode, prefill = [], []
+    for run in range(runs):
+        prompt = [1000 + (7 * run + 13 * i) % 20000 for i in range(PROMPT_TOKENS)]
+        body = {"prompt": prompt, "n_predict": DECODE_TOKENS, "cache_prompt": False, "ignore_eos": True, "temperature": 1.0}
+        timings = post(port, "/completion", body)["timings"]
+        assert isinstance(timings, dict)
+        decode.append(timings["predicted_per_second"])
+        prefill.append(timings["prompt_per_second"])
+    return {
+        "decode": statistics.median(decode),
+        "prefill": statistics.median(prefill),
+        "decode_runs": decode,
+        "prefill_runs": prefill,
+    }
+
+
+def measure(args: argparse.Namespace, name: str, placement: list[str]) -> dict[str, object]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [args.server, "--model", args.model, "--port", str(port), "--host", "127.0.0.1", "--offline", "--no-webui"]
+    command += ["-np", "1", "--flash-attn", "on", "--log-verbosity", "4", "--fit", "off", "-ngl", "999"]
+    command += shlex.split(args.args) + placement
+    environment = os.environ | dict(pair.split("=", 1) for pair in args.env)
+    if args.preload:
+        environment["LD_PRELOAD"] = args.preload
+    row: dict[str, object] = {
+        "case": name,
+        "model": Path(args.model).stem,
+        "args": shlex.split(args.args) + placement,
+        "env": args.env,
+    }
+    before = used_mib()
+    log_path = Path(f"{args.out}.{name}.log")
+    started = time.monotonic()
+    with log_path.open("wb") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:
+        try:
+            wait_until_loaded(port, server)
+            row["load_s"] = time.monotonic() - started
+            row["used_mib_after_load"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
+            row |= rates(port, args.runs)
+            row["used_mib_after_runs"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
+        except (RuntimeError, OSError, KeyError) as error:
+            row["error"] = repr(error)
+        finally:
+            server.terminate()
+    log_text = log_path.read_text(errors="replace")
+    buffers: dict[str, dict[str, float]] = {}
+    for device, kind, mib in BUFFER.findall(log_text):
+        kinds = buffers.setdefault(device, {})
+        kinds[kind] = kinds.get(kind, 0.0) + float(mib)
+    row["buffers_mib"] = buffers
+    if "error" in row:
+        row["log_tail"] = log_text[-1500:]
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="llama-server")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True, help="JSON lines, appended to")
+    parser.add_argument("--case", action="append", default=[], help="NAME:ARGUMENTS of llama-server", required=True)
+    parser.add_argument("--args", default="-c 4096 -b 512 -ub 512", help="arguments of every case")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--env", action="append", default=[])
+    parser.add_argument("--preload", default="")
+    args = parser.parse_args()
+    out = Path(args.out)
+    done = {json.loads(line)["case"] for line in out.read_text().splitlines()} if out.exists() else set()
+    failed = 0
+    for case in args.case:
+        name, _, placement = case.partition(":")
+        if name in done:
+            continue
+        row = measure(args, name, shlex.split(placement))
+        with out.open("a") as rows:
+            rows.write(json.dumps(row) + "\n")
+        failed += "error" in row
+        summary = {
+            key: row.get(key) for key in ("case", "decode", "prefill", "load_s", "buffers_mib", "used_mib_after_runs", "error")
+        }
+        print(json.dumps(summary), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
