@@ -19,7 +19,7 @@ Objective = Literal["decode", "prefill", "balanced"]
 MARGIN_BYTES = 384 * MIB
 """Bytes left free on each GPU beside everything that is accounted for: cuBLAS workspaces and buffer pools (72 to 153 MiB
 measured on an H200 after prompts of 2048 tokens), fragmentation, a desktop that grows. With Ollama 0.32.15 a split ran that
-left 424 MiB; one that needed 146 MiB more than there were failed. llama.cpp's ``--fit`` leaves ``autofit.FIT_MARGIN_BYTES``."""
+left about 400 MiB; one that lacked 146 MiB failed. llama.cpp's ``--fit`` leaves ``autofit.FIT_MARGIN_BYTES``."""
 
 RUNTIME_BYTES = 527 * MIB
 """What the CUDA context of a process takes on each GPU that it uses. Measured: of 22528 and 14336 MiB free, llama-server b10488

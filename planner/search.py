@@ -56,6 +56,9 @@ EXACT_GPUS = 3
 SLACK_LAYERS = 2
 """Layers by which a device may stay below its limit, where not every cut is looked at."""
 
+LEAST_GAIN = 1e-6
+"""Part of a token's time that a move of one layer must save, a pure number: more than what rounding can pretend."""
+
 Role = Literal["first", "middle", "last"]
 ROLES: tuple[Role, ...] = ("first", "middle", "last")
 """A device's place in the order, which its compute buffer hangs on: hidden states come in, pass through, or become logits."""
@@ -172,7 +175,8 @@ class Search:
         """The split over ``gpus`` with the fastest decode that fits; ``None`` where none does.
 
         ``partial``: the lowest layers may stay in RAM. ``cpu_experts``: the experts of so many layers, the lowest, stay there.
-        Compute buffers are corrected after each round, and moves of single layers tried at last.
+        Compute buffers are corrected after each round. With experts in RAM they differ so much between placements that moves of
+        single layers are tried at last.
         """
         sizes, work = self.sizes(settings), self.work(settings)
         sample = self._buffers(sizes, len(gpus), partial=partial, experts=bool(cpu_experts))
@@ -205,14 +209,14 @@ class Search:
                 device, key = found.memory.devices[gpu], (gpu, _role(position, len(placement.order)))
                 if device.total_bytes > self.limits[gpu]:
                     buffers[key] = device.compute_bytes
-        return best and self._polished(best)
+        return self._polished(best) if best and cpu_experts else best
 
     def _polished(self, best: Candidate) -> Candidate:
         """``best`` after every move of one layer at a time that is faster and fits, measured exactly."""
         work = self.work(best.settings)
         moves = iter(self._moves(best))
         while (placement := next(moves, None)) is not None:
-            if self.decode_seconds(work, placement) < 1 / best.decode_tokens_per_s:
+            if self.decode_seconds(work, placement) * best.decode_tokens_per_s < 1 - LEAST_GAIN:
                 moved = self.candidate(self._label(placement), placement, best.settings)
                 if self.holds(moved):
                     best = moved
@@ -428,12 +432,10 @@ def ranked(candidates: Iterable[Candidate], objective: Objective) -> tuple[Candi
 def choose(candidates: Iterable[Candidate], stock: Candidate, objective: Objective) -> Candidate:
     """The best of ``candidates``, or ``stock`` itself where none is worth leaving it.
 
-    Stock stays unless the best scores ``NEVER_WORSE_GAIN`` more, and unless it decodes or prefills faster. A stock that does not
-    fit (the load would fail) is left for any candidate.
+    Stock stays unless the best scores ``NEVER_WORSE_GAIN`` more, so what decodes no faster and prefills slower is never taken,
+    whatever the objective. A stock that does not fit (the load would fail) is left for any candidate.
     """
     best = next(iter(ranked(candidates, objective)), None)
     if best is None or not stock.fits:
         return best or stock
-    gains = score(best, objective) >= score(stock, objective) * (1 + NEVER_WORSE_GAIN)
-    slower = best.decode_tokens_per_s <= stock.decode_tokens_per_s and best.prefill_tokens_per_s < stock.prefill_tokens_per_s
-    return best if gains and not slower else stock
+    return best if score(best, objective) >= score(stock, objective) * (1 + NEVER_WORSE_GAIN) else stock

@@ -195,7 +195,7 @@ def test_learned_rates_decide_and_are_named() -> None:
 
 
 def test_what_is_predicted_lies_between_the_measured_neighbours() -> None:
-    """Case B, two cards of 14336 MiB: 46 layers on the fast card ran, with 424 MiB to spare, what took 570 MiB more failed."""
+    """Case B, two cards of 14336 MiB: 46 layers on the fast card ran, with about 400 MiB to spare; two layers more failed."""
     profile = models.quantized(QWEN_32B, "q4_0")
     cards = rig(gpu("fast", 14336, gb_per_s=4800), gpu("slow", 14336, gb_per_s=3300))
     plan = make_plan(profile, cards, PlanRequest(num_ctx=4096))

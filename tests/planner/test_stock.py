@@ -55,6 +55,8 @@ def test_the_fit_is_llama_cpps_own_on_16_models_and_9_rigs() -> None:
         free = [mib * MIB for mib in row["free_mib"]]
         fit = fitted(row, free, [FIT_MARGIN_BYTES] * len(free))
         found.append(difference(row, fit, split_by_memory(models.header(row["model"]).n_layers + 1, free)))
+        if row.get("cpu_experts"):
+            assert abs(len(fit.placement.cpu_experts) - row["cpu_experts"]) <= 2
     assert len(found) == 432
     assert sum(layers == 0 for layers in found) >= 400
     assert sum(layers <= 1 for layers in found) >= 421
