@@ -157,7 +157,7 @@ def plan(
     if as_json:
         _print_json(plan_json(answer.plan, answer.delivery))
         return
-    launcher = launcher_arguments(answer.plan.chosen.placement, answer.plan.rig)
+    launcher = launcher_arguments(answer.plan)
     _print(plan_report(answer.plan, options=answer.delivery.options, launcher=launcher, header_only=answer.header_only))
 
 

@@ -24,12 +24,13 @@ from urllib.parse import unquote_to_bytes
 
 from planner.hardware import Gpu, Host, Rig
 from planner.placement import Placement
-from planner.plan import Plan, PlanRequest
+from planner.plan import Plan
+from planner.request import PlanRequest
 from planner.settings import LoadSettings
 from proxy.errors import ModelError
 from proxy.gpus.listed import ListedDevice, parse_listing, rig_of
 from proxy.gpus.order import DeviceOrder, in_ollama_order, visible_gpus
-from proxy.options import FIT_MARGIN_BYTES, FIT_SLACK_BYTES
+from proxy.options import keeps_fit_margin
 from proxy.settings import GO_BOOLEANS
 
 BODY_LIMIT_BYTES = 64 * 1024
@@ -231,9 +232,7 @@ def plan_arguments(plan: Plan, names: Sequence[str], asked: LoadSettings) -> tup
     chosen = plan.chosen
     exact = True
     if chosen.placement.kind == "solo":
-        (gpu,) = chosen.placement.order
-        left_bytes = plan.rig.gpus[gpu].free_bytes - chosen.memory.devices[gpu].total_bytes
-        exact = left_bytes < FIT_MARGIN_BYTES + FIT_SLACK_BYTES
+        exact = not keeps_fit_margin(chosen, plan.rig)
         if len(names) == 1 and not exact and (chosen.settings.batch, chosen.settings.ubatch) == (asked.batch, asked.ubatch):
             return None
     return render(chosen.placement, names, settings=chosen.settings, asked=asked, exact=exact)

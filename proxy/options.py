@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from planner.autofit import FIT_MARGIN_BYTES
 from planner.hardware import Rig
+from planner.memory import MIB
 from planner.placement import Placement
 from planner.plan import Plan
-from planner.request import Era
-
-MIB = 2**20
-
-FIT_MARGIN_BYTES = 1024 * MIB
-"""What llama.cpp's ``--fit`` wants left free on a device, or it moves layers (``fit_params_target`` in ``common/common.h``)."""
+from planner.request import Candidate, Era
 
 FIT_SLACK_BYTES = 256 * MIB
-"""Distance from that margin at which ``num_gpu`` is given all the same: for the memory model's own error."""
+"""Distance from the margin of ``--fit`` at which the layers are said all the same: for the memory model's own error."""
 
 PLACEMENT_OPTIONS = ("num_gpu", "main_gpu", "tensor_split")
 """The options that say where a model goes."""
@@ -92,11 +89,8 @@ def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
     if told is not plan.stock:
         options: dict[str, int | str] = {}
         if len(told.placement.order) == 1:
-            gpu = told.placement.order[0]
-            options["main_gpu"] = library_index(plan.rig, gpu)
-            left_bytes = plan.rig.gpus[gpu].free_bytes - told.memory.devices[gpu].total_bytes
-            thin = left_bytes < FIT_MARGIN_BYTES + FIT_SLACK_BYTES
-        if "main_gpu" not in options or thin or told.placement.kind == "partial":
+            options["main_gpu"] = library_index(plan.rig, told.placement.order[0])
+        if told.placement.kind != "solo" or not keeps_fit_margin(told, plan.rig):
             options["num_gpu"] = sum(told.placement.shares)
         return _delivery(f"{placement_text(told.placement, plan.rig)}; {how}", options)
     if plan.chosen is plan.stock:
@@ -123,15 +117,27 @@ def _delivery(text: str, options: Options) -> Delivery:
     return Delivery(text=header_text(text), options=options, without=MAIN_GPU)
 
 
+def keeps_fit_margin(solo: Candidate, rig: Rig) -> bool:
+    """Whether ``solo``, on one GPU alone, leaves it so much room that llama.cpp's ``--fit`` has nothing to change."""
+    (gpu,) = solo.placement.order
+    left_bytes = rig.gpus[gpu].free_bytes - solo.memory.devices[gpu].total_bytes
+    return left_bytes >= FIT_MARGIN_BYTES + FIT_SLACK_BYTES
+
+
 def library_index(rig: Rig, gpu: int) -> int:
     """What ``main_gpu`` calls the rig's GPU ``gpu``: its place among those of its library."""
     library = rig.gpus[gpu].library
     return sum(other.library == library for other in rig.gpus[:gpu])
 
 
+def device_names(rig: Rig) -> tuple[str, ...]:
+    """What llama.cpp calls each of the rig's GPUs: ``CUDA0``, ``CUDA1``, …"""
+    return tuple(f"{gpu.library}{library_index(rig, index)}" for index, gpu in enumerate(rig.gpus))
+
+
 def placement_text(placement: Placement, rig: Rig) -> str:
     """A placement as ``X-Lopsided-Plan`` names it."""
-    names = [f"{gpu.library}{library_index(rig, index)}" for index, gpu in enumerate(rig.gpus)]
+    names = device_names(rig)
     if placement.kind == "solo":
         return f"solo {names[placement.order[0]]}"
     if placement.kind == "cpu":

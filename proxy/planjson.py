@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from planner.hardware import Gpu, Rig
-from planner.placement import Placement
 from planner.plan import Plan
 from planner.power import power_shares, raw_powers
 from planner.profile import ModelProfile
 from planner.request import Candidate
-from proxy.options import Delivery, library_index
+from proxy.launch import render
+from proxy.options import Delivery, device_names
 
 
 def plan_json(plan: Plan, delivery: Delivery) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def plan_json(plan: Plan, delivery: Delivery) -> dict[str, Any]:
         "stock": candidate_json(plan.stock),
         "alternatives": [candidate_json(candidate) for candidate in plan.alternatives],
         "reasons": list(plan.reasons),
-        "delivery": {"options": dict(delivery.options), "launcher": launcher_arguments(plan.chosen.placement, plan.rig)},
+        "delivery": {"options": dict(delivery.options), "launcher": launcher_arguments(plan)},
     }
 
 
@@ -75,22 +75,12 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def launcher_arguments(placement: Placement, rig: Rig) -> list[str]:
-    """The flags that make llama-server place a model so; devices take layers lowest first, the last one the output layer."""
-    names = [device_name(rig, gpu) for gpu in placement.order]
-    if not names:
+def launcher_arguments(plan: Plan) -> list[str]:
+    """What llama-server has to be told beside Ollama's own arguments; empty where these can't say it."""
+    placement, settings = plan.chosen.placement, plan.chosen.settings
+    if not placement.order:
         return ["-ngl", "0"]
-    arguments = ["--device", ",".join(names)]
-    if len(names) == 1:
-        arguments += ["--split-mode", "none", "--main-gpu", "0"]
-    else:
-        arguments += ["--split-mode", "layer", "--tensor-split", ",".join(str(placement.shares[gpu]) for gpu in placement.order)]
-    return [*arguments, "-ngl", str(sum(placement.shares)), "--fit", "off"]
-
-
-def device_name(rig: Rig, gpu: int) -> str:
-    """What llama.cpp calls the rig's GPU ``gpu``: ``CUDA0``."""
-    return f"{rig.gpus[gpu].library}{library_index(rig, gpu)}"
+    return list(render(placement, device_names(plan.rig), settings=settings, asked=plan.stock.settings) or ())
 
 
 def gpu_json(gpu: Gpu, index: int, *, power_share: float) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def plan_report(
         parts.append(_candidates("Not chosen", [(candidate.label, candidate) for candidate in losers], names))
     parts += [Text("Why", style="bold"), _numbered(plan.reasons)]
     asked = ", ".join(f"{name} {value}" for name, value in options.items()) or "none"
-    parts += [Text(), Text(f"Options of the request: {asked}"), Text(f"As arguments of llama-server: {' '.join(launcher)}")]
+    arguments = " ".join(launcher) or "none can say this"
+    parts += [Text(), Text(f"Options of the request: {asked}"), Text(f"As arguments of llama-server: {arguments}")]
     return Group(*parts)
 
 

@@ -116,11 +116,22 @@ def test_whose_wish_counts(options, defaults, wish):
 
 def test_launcher_arguments_name_devices_lowest_layers_first():
     def flags(placement):
-        return " ".join(launcher_arguments(placement, RIG))
+        plan = make(PROFILE, RIG, PlanRequest(), placement, FAST)
+        return " ".join(launcher_arguments(plan))
 
     assert flags(FAST) == "--device CUDA0 --split-mode none --main-gpu 0 -ngl 11 --fit off"
     assert flags(SPLIT) == "--device CUDA1,CUDA0 --split-mode layer --tensor-split 3,8 -ngl 11 --fit off"
     assert flags(Placement(layers=(0, 0), cpu_layers=N)) == "-ngl 0"
+
+
+def test_launcher_arguments_leave_out_nothing_of_the_plan():
+    # shows: experts in RAM are said too, and what -ngl cannot say (the output layer alone in RAM) is not said wrongly
+    def flags(placement):
+        return launcher_arguments(make(PROFILE, RIG, PlanRequest(), placement, FAST))
+
+    experts = Placement(layers=(7, 3), order=(1, 0), output_gpu=0, cpu_experts=frozenset({0, 1}))
+    assert flags(experts)[-2:] == ["--n-cpu-moe", "2"]
+    assert flags(Placement(layers=(7, 3), order=(1, 0))) == []
 
 
 @pytest.mark.parametrize(
