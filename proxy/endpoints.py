@@ -33,7 +33,8 @@ STORE_PATHS = frozenset({"/api/create", "/api/copy", "/api/delete", "/api/pull"}
 INTEGER_OPTIONS = ("num_gpu", "main_gpu", "num_ctx", "num_batch")
 """Options that placement looks at and that Ollama takes as integers only."""
 
-_ZERO_DURATION = re.compile(r"[+-]?(?:0+\.?0*|\.0+)(?:(?:ns|us|µs|μs|ms|s|m|h)(?:0+\.?0*|\.0+)?)*")
+_ZERO_DURATION = re.compile(r"[+-]?(?:0++\.?0*+|\.0++)(?:(?:ns|us|µs|μs|ms|s|m|h)(?:0++\.?0*+|\.0++)?)*+")
+"""A duration of zero as Go reads it. Nothing is tried twice (``+``, ``*+``): clients could make that last for ever."""
 
 
 def kind_of(method: str, path: str) -> Kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -211,3 +212,11 @@ def test_what_ollama_would_refuse_is_not_understood(body):
 )
 def test_a_request_to_unload_is_known(path, body, unloads):
     assert parse({"model": "m", **body}, path).unloads is unloads
+
+
+@pytest.mark.parametrize("keep_alive", ["00s" * 1000 + "x", "0" * 4000 + "x", "0.0m0" * 500 + "-", "0" * 4000 + "s"])
+def test_a_strange_keep_alive_takes_no_time(keep_alive):
+    # shows: the pattern never goes back over zeros that could be split in several ways (30 groups would take minutes)
+    start = time.perf_counter()
+    assert parse({"model": "m", "keep_alive": keep_alive}).unloads is (keep_alive[-1] == "s")
+    assert time.perf_counter() - start < 0.1
