@@ -24,7 +24,7 @@ from typing import Literal
 from planner.cache import cache_bytes
 from planner.hardware import Gpu, Host, Rig
 from planner.placement import Placement
-from planner.profile import ModelProfile
+from planner.profile import ModelProfile, Tensor
 from planner.settings import LoadSettings
 
 GPU_EFFICIENCY = 0.73
@@ -170,17 +170,16 @@ def model_work(profile: ModelProfile, settings: LoadSettings) -> Work:
     return work
 
 
-def _elements(tensors: Mapping[str, object], share: float) -> tuple[float, float]:
+def _elements(tensors: Mapping[str, Tensor], share: float) -> tuple[float, float]:
     """Parameters of a layer that one token meets: outside the routed experts, and in them."""
     dense = expert = 0.0
     for name, tensor in tensors.items():
-        shape: tuple[int, ...] = tensor.shape  # type: ignore[attr-defined]
-        if len(shape) < 2:
+        if len(tensor.shape) < 2:
             continue
         if "exps" in name:
-            expert += prod(shape) * share
+            expert += prod(tensor.shape) * share
         else:
-            dense += prod(shape)
+            dense += prod(tensor.shape)
     return dense, expert
 
 

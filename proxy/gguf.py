@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
+from planner.families import family_of
 from planner.profile import Metadata, ModelProfile, Scalar, Tensor, build_profile
 from planner.quantization import BY_NUMBER
 from proxy.bounded import BoundedReader
@@ -33,17 +34,11 @@ MAX_ARRAY_KEPT = 1024
 
 Kind = Literal["model", "adapter", "projector", "vocabulary"]
 
-_NOT_A_MODEL = {
+_NOT_A_MODEL: dict[Kind, str] = {
     "adapter": "a LoRA adapter",
     "projector": "a vision or audio projector",
     "vocabulary": "a vocabulary without tensors",
 }
-
-EMBEDDING_ARCHITECTURES = frozenset(
-    {"bert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert"}
-    | {"nomic-bert-moe"}
-)
-"""Encoders of ``LLM_ARCH_NAMES`` (``src/llama-arch.cpp``); other architectures embed where they have a ``pooling_type``."""
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _SCALARS = {
@@ -110,10 +105,11 @@ class GgufHeader:
 def is_embedding(metadata: Metadata) -> bool:
     """Whether these are the metadata of a model that makes embeddings.
 
-    It states a pooling type (``LLAMA_POOLING_TYPE_NONE`` is 0), or is a BERT.
+    It states a pooling type (``LLAMA_POOLING_TYPE_NONE`` is 0), or is an encoder.
     """
     architecture = str(metadata.get("general.architecture", ""))
-    return architecture in EMBEDDING_ARCHITECTURES or _integer(metadata, f"{architecture}.pooling_type") > 0
+    family = family_of(architecture)
+    return (family is not None and "encoder" in family.features) or _integer(metadata, f"{architecture}.pooling_type") > 0
 
 
 def read_header(path: Path | str) -> GgufHeader:
@@ -148,12 +144,9 @@ def profile_of(parts: list[GgufHeader], *, name: str = "") -> ModelProfile:
     """
     first = parts[0]
     if first.kind != "model":
-        what = {
-            "adapter": "a LoRA adapter",
-            "projector": "a vision or audio projector",
-            "vocabulary": "a vocabulary without tensors",
-        }
-        raise ModelError(f"{name or 'the file'} is {what[first.kind]}, not a language model: there are no layers to place")
+        raise ModelError(
+            f"{name or 'the file'} is {_NOT_A_MODEL[first.kind]}, not a language model: there are no layers to place"
+        )
     if [part.split_index for part in parts] != list(range(first.split_count)):
         have = ", ".join(str(part.split_index + 1) for part in parts)
         raise GgufError(f"{name or 'the model'} is split into {first.split_count} files, and only part {have} is here")

@@ -10,15 +10,14 @@ import httpx
 
 from planner.hardware import Rig
 from planner.plan import Plan, make_plan
+from planner.request import Era
 from proxy.catalog import Catalog, ModelFacts
 from proxy.errors import UpstreamError
-from proxy.gguf import read_header, read_profile
+from proxy.gguf import is_embedding, read_header, read_profile
 from proxy.loading import plan_request, without_companions
+from proxy.ollama import Ollama
 from proxy.options import Delivery, deliver, era_of
 from proxy.settings import Settings
-
-ASK_S = 5.0
-"""Longest wait for Ollama's version, in seconds; it answers from memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +37,14 @@ async def plan_for(
     ``version`` is the Ollama to plan for; without one it is the one behind the proxy, for a file the newest. Raises ``GgufError``
     and ``ModelError`` for what cannot be planned, ``UpstreamError`` where Ollama has to be asked and does not answer.
     """
-    header_only = False
+    header_only, found = False, era_of("")
     if is_file(model):
         header_only = read_header(model).header_only
-        facts = ModelFacts(digest="", blob=model, profile=read_profile(model), defaults={})
+        profile = read_profile(model)
+        facts = ModelFacts(digest="", blob=model, profile=profile, defaults={}, is_embedding=is_embedding(profile.metadata))
     else:
         facts, found = await _ask(model, settings)
-        version = version or found
-    era = era_of(version or "")
+    era = era_of(version) if version else found
     plan = make_plan(facts.profile, without_companions(rig, facts), plan_request(options, facts, settings, era))
     return Answer(plan=plan, delivery=deliver(plan, era, tensor_split=settings.tensor_split), header_only=header_only)
 
@@ -55,15 +54,13 @@ def is_file(model: str) -> bool:
     return model.lower().endswith(".gguf") or Path(model).is_file()
 
 
-async def _ask(model: str, settings: Settings) -> tuple[ModelFacts, str]:
-    """What Ollama says about ``model``, and its version."""
+async def _ask(model: str, settings: Settings) -> tuple[ModelFacts, Era]:
+    """What Ollama says about ``model``, and which it is."""
     async with httpx.AsyncClient(base_url=settings.upstream.url, trust_env=False) as client:
         try:
-            facts = await Catalog(client).facts(model)
-            version = (await client.get("/api/version", timeout=ASK_S)).raise_for_status().json()["version"]
-        except (UpstreamError, httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            return await Catalog(client).facts(model), await Ollama(client).era()
+        except UpstreamError as error:
             raise UpstreamError(
                 f"{model} is no file here, and Ollama at {settings.upstream.url} cannot be asked for it ({error}). "
                 "Name a GGUF file, start Ollama, or set LOPSIDED_UPSTREAM"
             ) from error
-    return facts, str(version)

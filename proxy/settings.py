@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from planner.power import BOOST_MAX, BOOST_MIN
 from proxy.address import LISTEN_PORT, Address, parse_address
 from proxy.errors import SettingsError
 
@@ -22,9 +23,6 @@ FILE_NAME = "lopsided.toml"
 
 FILE_VARIABLE = "LOPSIDED_CONFIG"
 """The environment variable that names another one."""
-
-BOOST_RANGE = (1.0, 2.0)
-"""Allowed values of the boost algorithm's factor; 1.0 is Ollama's own runner-era layout."""
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
 """What Ollama takes for ``OLLAMA_KV_CACHE_TYPE``."""
@@ -61,13 +59,12 @@ def _ollama_host(value: Any) -> Any:
 def _boost(value: Any) -> Any:
     if value is None or (isinstance(value, str) and value.lower() == "auto"):
         return None
-    low, high = BOOST_RANGE
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = float("nan")
-    if isinstance(value, bool) or not low <= number <= high:
-        raise ValueError(f"auto, or a number from {low} to {high}")
+    if isinstance(value, bool) or not BOOST_MIN <= number <= BOOST_MAX:
+        raise ValueError(f"auto, or a number from {BOOST_MIN} to {BOOST_MAX}")
     return number
 
 

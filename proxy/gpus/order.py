@@ -27,10 +27,10 @@ class DeviceOrder:
     visible: str | None = None
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> DeviceOrder:
-        """The order that these environment variables, those of Ollama, state."""
+    def from_environment(cls, environment: Mapping[str, str], *, names: tuple[str, ...] = ()) -> DeviceOrder:
+        """The order that CUDA's variables of this environment, taken to be Ollama's too, and the user's ``names`` state."""
         return cls(
-            names=tuple(name.strip() for name in environment.get("LOPSIDED_DEVICE_ORDER", "").split(",") if name.strip()),
+            names=names,
             by_pci=environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID",
             visible=environment.get("CUDA_VISIBLE_DEVICES"),
         )

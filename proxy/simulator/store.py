@@ -69,11 +69,6 @@ class Model:
     """Whether ``/api/tags`` of 0.32 gives context and embedding length (seen for one of two models; why is not known)."""
 
     @property
-    def short_name(self) -> str:
-        """As ``/v1/models`` and ``/api/tags`` list it: with its tag, without the default registry and namespace."""
-        return self.name
-
-    @property
     def blob_path(self) -> str:
         """Where the weights lie on the simulated server."""
         return f"{BLOBS}/{self.blob.replace(':', '-')}"

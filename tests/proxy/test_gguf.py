@@ -260,13 +260,14 @@ def test_what_a_file_is_for(tmp_path, metadata, tensors, kind):
     ("metadata", "embedding"),
     [
         ({"general.architecture": "bert"}, True),
+        ({"general.architecture": "gemma-embedding"}, True),
         ({"general.architecture": "qwen3", "qwen3.pooling_type": 3}, True),
         ({"general.architecture": "qwen3", "qwen3.pooling_type": 0}, False),
         ({"general.architecture": "llama"}, False),
     ],
 )
 def test_embedding_models(metadata, embedding):
-    """By a pooling type other than none, or by a BERT's architecture."""
+    """By a pooling type other than none, or by an encoder's architecture."""
     assert parse(gguf(metadata)).is_embedding is embedding
 
 

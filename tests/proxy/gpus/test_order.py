@@ -104,7 +104,7 @@ def test_the_order_of_the_input_changes_nothing(gpus, by_pci, visible):
 
 
 def test_from_the_environment():
-    """The variables that Ollama and CUDA read, and the list of ours."""
-    environment = {"LOPSIDED_DEVICE_ORDER": "RTX 5090, GPU-1,", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ""}
-    assert DeviceOrder.from_environment(environment) == DeviceOrder(names=("RTX 5090", "GPU-1"), by_pci=True, visible="")
+    """The variables that CUDA reads; the user's names come from the settings."""
+    environment = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ""}
+    assert DeviceOrder.from_environment(environment, names=("a",)) == DeviceOrder(names=("a",), by_pci=True, visible="")
     assert DeviceOrder.from_environment({}) == DeviceOrder()
