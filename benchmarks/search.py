@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from planner import Gpu, Host, PlanRequest, Rig, build_profile, make_plan
 from planner.profile import ModelProfile
+from planner.units import MIB
 from proxy.gguf import read_profile
 
-MIB = 2**20
 HEADERS = Path(__file__).parents[1] / "tests" / "data" / "gguf"
 RUNS = 41
 

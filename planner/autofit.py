@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from planner.memory import MIB
 from planner.placement import Placement, on_cpu
 from planner.profile import ModelProfile
 from planner.sizes import Sizes
+from planner.units import MIB
 
 FIT_MARGIN_BYTES = 1024 * MIB
 """Bytes that ``--fit`` leaves free on each device (``LLAMA_ARG_FIT_TARGET``, ``common/common.h``)."""

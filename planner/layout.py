@@ -28,8 +28,7 @@ from planner.power import (
     power_shares,
     raw_powers,
 )
-
-GIB = 2**30
+from planner.units import GIB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,10 +12,6 @@ from planner.placement import Placement
 from planner.profile import ModelProfile
 from planner.settings import LoadSettings
 
-__all__ = ["MIB", "DeviceMemory", "LoadSettings", "MemoryEstimate", "cache_bytes", "estimate_memory"]
-
-MIB = 2**20
-
 UNKNOWN_COMPUTE_FACTOR = 2
 """How much larger than that of known parts the compute buffer of an unknown architecture is taken to be: no known family's is
 twice what its tensors alone suggest (held by ``tests/planner/test_memory.py``)."""

@@ -12,11 +12,9 @@ from planner.layout import create_layout
 from planner.placement import on_cpu
 from planner.profile import ModelProfile
 from planner.reasons import boost_reason, reasons
-from planner.request import Candidate, Era, Objective, PlanRequest
+from planner.request import Candidate, Era, PlanRequest
 from planner.search import Search, choose, ranked
 from planner.stock import StockLoad, libraries, on_rig, settings_on, stock_load
-
-__all__ = ["Candidate", "Era", "Objective", "Plan", "PlanRequest", "make_plan"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

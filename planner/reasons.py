@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from planner.hardware import Rig
-from planner.memory import MIB
 from planner.request import Candidate, PlanRequest
 from planner.search import NEVER_WORSE_GAIN, gpu_names, score
-
-GIB = 1024 * MIB
+from planner.units import GIB
 
 LOSERS_SHOWN = 5
 """Candidates that are named beside the chosen one."""

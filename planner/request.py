@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from planner.memory import MIB, MemoryEstimate
+from planner.memory import MemoryEstimate
 from planner.placement import Placement
 from planner.settings import LoadSettings
 from planner.speed import Calibration
+from planner.units import MIB
 
 Era = Literal["runner", "llama-server"]
 """``runner``: Ollama 0.11.5 to 0.24; ``llama-server``: 0.30 and later."""

@@ -15,14 +15,12 @@ from planner.contiguous import to_placement
 from planner.costs import layer_costs
 from planner.fit import Device, stock_fit, stock_groups
 from planner.hardware import Gpu, Rig
-from planner.memory import MIB
 from planner.placement import Placement, on_cpu
 from planner.profile import ModelProfile
 from planner.request import PlanRequest
 from planner.settings import LoadSettings
 from planner.sizes import Sizes
-
-GIB = 2**30
+from planner.units import GIB, MIB
 
 CONTEXT_TIERS = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))
 """``(total VRAM in bytes, tokens)``: the context of a request that sets none (``Serve`` in ``server/routes.go``)."""

@@ -23,6 +23,7 @@ from proxy.failures import TEXT_LIMIT_BYTES, is_out_of_memory
 from proxy.forward import VIA, ClientRequest, Forwarder
 from proxy.gpus import GpuSource
 from proxy.jsonedit import JsonError
+from proxy.loading import MAX_TOKENS
 from proxy.ollama import Ollama
 from proxy.placement import Placements, Planner
 from proxy.planjson import devices_json, plan_json
@@ -168,7 +169,7 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         return JSONResponse(devices_json(await placements.rig()))
 
     @own.get("/lopsided/plan")
-    async def plan(model: str, num_ctx: int | None = Query(None, ge=1, le=2**31 - 1)) -> JSONResponse:
+    async def plan(model: str, num_ctx: int | None = Query(None, ge=1, le=MAX_TOKENS)) -> JSONResponse:
         made, delivery = await placements.preview(model, num_ctx)
         return JSONResponse(plan_json(made, delivery))
 

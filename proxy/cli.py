@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -25,8 +25,8 @@ from rich.console import Console, RenderableType
 from rich.progress import track
 
 from planner.hardware import Rig
-from planner.plan import Era
 from planner.power import power_shares, raw_powers
+from planner.request import Era
 from proxy.address import Address
 from proxy.doctor import Sight, judge, look
 from proxy.errors import GpuError, LopsidedError, SettingsError
@@ -35,6 +35,7 @@ from proxy.gpus import GpuSource
 from proxy.gpus.nvml import NvmlSource
 from proxy.gpus.order import DeviceOrder
 from proxy.gpus.static import StaticSource
+from proxy.loading import MAX_TOKENS
 from proxy.options import era_of
 from proxy.planjson import devices_json, launcher_arguments, plan_json
 from proxy.planning import plan_for
@@ -44,8 +45,7 @@ from proxy.tables import demo_report, devices_report, doctor_report, gib, gpu_na
 PIPE_WIDTH = 140
 """Columns of a table that goes into a file or a pipe; a terminal says its own."""
 
-TOKENS = click.IntRange(1, 2**31 - 1)
-"""llama.cpp counts tokens in 32 bits."""
+TOKENS = click.IntRange(1, MAX_TOKENS)
 
 
 class Commands(click.Group):
@@ -236,7 +236,7 @@ def gpu_source(settings: Settings, cards: tuple[str, ...] = ()) -> GpuSource:
 
 def device_order(settings: Settings) -> DeviceOrder:
     """What is known of Ollama's device order: CUDA's variables, and the setting's names."""
-    return replace(DeviceOrder.from_environment(os.environ), names=settings.device_order)
+    return DeviceOrder.from_environment(os.environ, names=settings.device_order)
 
 
 def _listen(address: Address) -> socket.socket:

@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 import uvicorn
 
-from planner.plan import Era
+from planner.request import Era
+from planner.units import GIB
 from proxy.app import create_app
 from proxy.errors import UpstreamError
 from proxy.gpus.static import StaticSource
@@ -28,7 +29,6 @@ from proxy.simulator import Simulator, demo_models
 from proxy.simulator import create_app as create_ollama
 from proxy.simulator.placement import Environment
 
-GIB = 2**30
 CARDS = ("RTX 5090:31500MiB", "RTX 3090:23700MiB")
 """The pair of the demo, with what is free on each when nothing runs."""
 FAST = 0

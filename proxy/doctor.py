@@ -13,6 +13,7 @@ from typing import Any, Literal
 import httpx
 
 from planner.hardware import Gpu, Rig
+from planner.units import GIB
 from proxy.address import Address
 from proxy.errors import GpuError
 from proxy.gpus import GpuSource
@@ -168,7 +169,7 @@ def _gpus(sight: Sight) -> Iterator[Finding]:
 
 def _card(index: int, gpu: Gpu) -> Finding:
     unknown = [name for name in FACTS if getattr(gpu, name) is None]
-    text = f"{gpu.name}, {gpu.free_bytes / 2**30:.1f} of {gpu.total_bytes / 2**30:.1f} GiB free"
+    text = f"{gpu.name}, {gpu.free_bytes / GIB:.1f} of {gpu.total_bytes / GIB:.1f} GiB free"
     if not unknown:
         return Finding(level="ok", subject=f"GPU {index}", text=text)
     advice = "Its speed is guessed; a profile can say what the driver does not (docs/settings.md)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from planner.memory import MIB, DeviceMemory, LoadSettings, estimate_memory
-from planner.placement import Placement, on_cpu, solo
+from planner.autofit import contiguous
+from planner.memory import DeviceMemory, estimate_memory
+from planner.placement import Placement
 from planner.profile import ModelProfile
 from planner.quantization import CACHE_TYPE_NAMES
+from planner.settings import LoadSettings
+from planner.units import MIB
 from proxy.gguf import read_profile
 from proxy.tables import new_table
 
@@ -35,30 +39,11 @@ def placement_of(n_layers: int, split: tuple[int, ...], *, cpu_experts: int = 0)
     ``cpu_experts``: the routed experts of so many of the lowest layers stay in RAM. Raises ``ValueError`` for more layers than
     there are.
     """
-    offloaded = sum(split)
-    if not split:
-        placement = solo(0, n_gpus=1, n_layers=n_layers)
-    elif offloaded > n_layers + 1:
-        raise ValueError(f"the split counts {offloaded} layers, but the model has {n_layers} and the output layer")
-    elif not offloaded:
-        placement = on_cpu(n_gpus=len(split), n_layers=n_layers)
-    else:
-        holders = tuple(gpu for gpu, count in enumerate(split) if count)
-        placement = Placement(
-            layers=tuple(count - (gpu == holders[-1]) for gpu, count in enumerate(split)),
-            order=holders,
-            output_gpu=holders[-1],
-            cpu_layers=n_layers + 1 - offloaded,
-        )
-    if not cpu_experts:
-        return placement
-    return Placement(
-        layers=placement.layers,
-        order=placement.order,
-        output_gpu=placement.output_gpu,
-        cpu_layers=placement.cpu_layers,
-        cpu_experts=frozenset(range(placement.cpu_layers, min(cpu_experts, n_layers))),
-    )
+    if sum(split) > n_layers + 1:
+        raise ValueError(f"the split counts {sum(split)} layers, but the model has {n_layers} and the output layer")
+    placement = contiguous(split or (n_layers + 1,), n_layers)
+    experts = range(placement.cpu_layers, min(cpu_experts, n_layers))
+    return replace(placement, cpu_experts=frozenset(experts))
 
 
 def estimate_json(

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from planner.hardware import Gpu, Rig
-from planner.memory import MIB
 from planner.profile import ModelProfile
 from planner.request import MARGIN_BYTES, Era, PlanRequest
-from planner.stock import SOLO_PERCENT, default_num_ctx, predict_server_vram
+from planner.stock import SOLO_PERCENT, effective_settings, predict_server_vram
+from planner.units import MIB
 from proxy.catalog import ModelFacts
 from proxy.errors import ModelError
 from proxy.gpus.specs import idle_free_bytes
@@ -61,9 +61,7 @@ def without_companions(rig: Rig, facts: ModelFacts) -> Rig:
 
 def makes_room(profile: ModelProfile, rig: Rig, request: PlanRequest) -> bool:
     """Whether Ollama evicts idle models before it loads this one: it expects it to take more than 80 % of all that is free."""
-    num_ctx = request.num_ctx or default_num_ctx(rig)
-    num_ctx = min(num_ctx, profile.context_train or num_ctx)
-    predicted_bytes = predict_server_vram(profile, num_ctx * (1 if request.embedding else request.parallel))
+    predicted_bytes = predict_server_vram(profile, effective_settings(profile, rig, request).total_ctx)
     return predicted_bytes * 100 > SOLO_PERCENT * sum(gpu.free_bytes for gpu in rig.gpus)
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from planner.autofit import FIT_MARGIN_BYTES
 from planner.hardware import Rig
-from planner.memory import MIB
 from planner.placement import Placement
 from planner.plan import Plan
 from planner.request import Candidate, Era
+from planner.units import MIB
 
 FIT_SLACK_BYTES = 256 * MIB
 """Distance from the margin of ``--fit`` at which the layers are said all the same: for the memory model's own error."""

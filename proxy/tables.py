@@ -13,14 +13,14 @@ from rich.text import Text
 
 from planner.hardware import Gpu, Rig
 from planner.placement import Placement
-from planner.plan import Candidate, Era, Plan
+from planner.plan import Plan
+from planner.request import Candidate, Era
+from planner.units import GIB, MIB
 from proxy.doctor import Finding, Level
 
 if TYPE_CHECKING:  # the demo brings the server with it, which takes a second to import
     from proxy.demo import Outcome, Run
 
-GIB = 2**30
-MIB = 2**20
 ALTERNATIVES_SHOWN = 5
 LEVEL_STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 ERA_NAMES: dict[Era, str] = {"llama-server": "stock Ollama ≥ 0.30", "runner": "stock Ollama ≤ 0.24"}

@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from measure import DATA, write_sparse  # noqa: E402  (both lie beside the package)
 
-from planner.memory import MIB  # noqa: E402
 from planner.stock import predict_server_vram  # noqa: E402
+from planner.units import MIB  # noqa: E402
 from proxy.gguf import read_header  # noqa: E402
 from tests.planner.measured import Difference, differences, profile_of  # noqa: E402
 

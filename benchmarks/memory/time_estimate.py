@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 
-from planner.memory import LoadSettings, estimate_memory
+from planner.memory import estimate_memory
 from planner.placement import Placement
 from planner.profile import ModelProfile, Tensor, build_profile
+from planner.settings import LoadSettings
 from proxy.gguf import read_header
 
 LAYERS, DEVICES = 128, 8

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from planner.hardware import Gpu, Host, Rig
+from planner.units import MIB
 from proxy.errors import GpuError
 from proxy.gpus.specs import find_card
-
-MIB = 2**20
 
 _LINE = re.compile(r"^ +([A-Za-z]+)(\d+): (.*) \((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
 

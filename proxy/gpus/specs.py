@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from planner.units import GIB, MIB
 from proxy.errors import GpuError
 
 TABLE = Path(__file__).with_name("cards.csv")
-GIB = 2**30
-MIB = 2**20
 
 DRIVER_RESERVE_SHARE = 0.037
 """Share of a card's memory that is not free on an idle machine: driver, ECC or display.

@@ -24,10 +24,9 @@ from planner.stock import (
     predict_server_vram,
     stock_load,
 )
+from planner.units import GIB
 from proxy.gguf import is_embedding
 from proxy.simulator.options import DEFAULT_KEEP_ALIVE_S, RunnerOptions
-
-GIB = 2**30
 
 
 class LoadError(Exception):

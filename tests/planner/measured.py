@@ -10,9 +10,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from planner.memory import MIB, LoadSettings, MemoryEstimate, estimate_memory
+from planner.memory import MemoryEstimate, estimate_memory
 from planner.placement import Placement, solo
 from planner.profile import ModelProfile
+from planner.settings import LoadSettings
+from planner.units import MIB
 from proxy.gguf import read_profile
 
 DATA = Path(__file__).parents[1] / "data"

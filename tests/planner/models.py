@@ -9,11 +9,10 @@ from pathlib import Path
 from planner.hardware import Gpu, Host, Rig
 from planner.profile import ModelProfile, Tensor, build_profile
 from planner.quantization import ggml_type
+from planner.units import GIB, MIB
 from proxy.gguf import read_profile
 
 HEADERS = Path(__file__).parents[1] / "data" / "gguf"
-MIB = 2**20
-GIB = 2**30
 
 
 @cache

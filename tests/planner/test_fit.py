@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.fit import Device, balanced_fit, find_best_fit, greedy_fit, placed, stock_fit, stock_groups
+from planner.units import MIB
 
-MIB = 2**20
 FREE_5090, FREE_3090 = 31_500 * MIB, 23_700 * MIB
 STOCK_RESERVE = 457 * MIB
 

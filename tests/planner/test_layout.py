@@ -12,8 +12,7 @@ from planner.power import GB, by_compute_power, gpu_minimum_graph_overhead
 from planner.profile import Tensor, build_profile
 from planner.quantization import ggml_type
 from planner.settings import LoadSettings
-
-MIB = 2**20
+from planner.units import MIB
 
 
 def card(name, free_mib, sm_count, clock_mhz, cc, uuid=None):

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.memory import MIB, LoadSettings, cache_bytes, estimate_memory
+from planner.cache import cache_bytes
+from planner.memory import estimate_memory
 from planner.placement import Placement, on_cpu, solo
 from planner.profile import ModelProfile, build_profile
+from planner.settings import LoadSettings
+from planner.units import MIB
 from tests.planner.measured import DATA, Difference, differences, estimate_of, profile_of
 
 TABLES = ("models", "families")

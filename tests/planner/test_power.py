@@ -17,8 +17,7 @@ from planner.power import (
     power_shares,
     raw_powers,
 )
-
-MIB = 2**20
+from planner.units import MIB
 
 
 def gpu(uuid="GPU-0", sm_count=None, clock_mhz=None, cc=None, free_mib=16_000, **more):

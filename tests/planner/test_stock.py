@@ -22,8 +22,9 @@ from planner.stock import (
     settings_on,
     stock_load,
 )
+from planner.units import GIB, MIB
 from tests.planner import models
-from tests.planner.models import GIB, MIB, gpu, rig, rtx3090, rtx5090
+from tests.planner.models import gpu, rig, rtx3090, rtx5090
 
 DATA = Path(__file__).parents[1] / "data"
 H200_MIB = 143_000

@@ -18,10 +18,10 @@ from planner.quantization import ggml_type
 from planner.request import MARGIN_BYTES, RUNTIME_BYTES
 from planner.settings import LoadSettings
 from planner.speed import Calibration, predict_speed, solo_rates
+from planner.units import MIB
 from tests.planner import models
 
 ROWS: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "data" / "two_h200.json").read_text())["rows"]
-MIB = 2**20
 VOCABULARY = 128256
 SHAPES = {"8b": (32, 4096, 14336, 32, 8, 0), "32b": (64, 5120, 25600, 64, 8, 0), "moe30": (48, 2048, 768, 32, 4, 128)}
 """Layers, width, width of the FFN or an expert, heads, KV heads, experts."""

@@ -11,8 +11,7 @@ from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
 from planner.settings import LoadSettings
-
-GIB = 2**30
+from planner.units import GIB
 
 
 def gpu(name: str, total_gib: float, *, free_gib: float | None = None, library: str = "CUDA") -> Gpu:

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from planner.hardware import Gpu, Rig
 from planner.memory import DeviceMemory, MemoryEstimate
 from planner.placement import Placement, on_cpu, solo
-from planner.plan import Candidate, Plan, PlanRequest
+from planner.plan import Plan
 from planner.profile import ModelProfile
+from planner.request import Candidate, PlanRequest
 from planner.settings import LoadSettings
+from planner.units import GIB
 from proxy.errors import ModelError
 from proxy.launch import (
     WISHES,
@@ -35,7 +37,6 @@ RECORDED = Path(__file__).parent.parent / "data" / "launches" / "ollama-0.32.15.
 ARGUMENTS = [line.removeprefix("ARGV: ").split() for line in RECORDED.read_text().splitlines() if line.startswith("ARGV: ")]
 LOADS = [arguments for arguments in ARGUMENTS if "--model" in arguments]
 ASKED = LoadSettings()
-GIB = 2**30
 
 
 def gpu(uuid: str, pci_id: str, total_gib: int = 32) -> Gpu:

@@ -8,10 +8,11 @@ from planner.hardware import Rig
 from planner.placement import Placement, solo
 from planner.profile import ModelProfile
 from planner.request import PlanRequest
+from planner.units import GIB
 from proxy.failures import is_out_of_memory
 from proxy.options import deliver, era_of, header_text, own_wish, placement_text
 from proxy.planjson import launcher_arguments
-from tests.proxy.planners import GIB, RIG, gpu, make
+from tests.proxy.planners import RIG, gpu, make
 
 N = 10
 PROFILE = ModelProfile(

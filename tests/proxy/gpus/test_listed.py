@@ -1,9 +1,8 @@
 """Lists of devices as llama-server prints them."""
 
 from planner.hardware import Gpu
+from planner.units import MIB
 from proxy.gpus.listed import parse_listing, rig_of
-
-MIB = 2**20
 
 PRINTED = """\
 ggml_cuda_init: found 2 CUDA devices (Total VRAM: 286742 MiB):

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
+from planner.units import MIB
 from proxy.errors import GpuError
 from proxy.gpus.nvml import CORES_PER_SM, NvmlSource
 from proxy.gpus.order import DeviceOrder
-
-MIB = 2**20
 
 
 class NVMLError(Exception):

@@ -2,8 +2,9 @@
 
 import pytest
 
+from planner.units import GIB, MIB
 from proxy.errors import GpuError
-from proxy.gpus.specs import GIB, MIB, cards, find_card, idle_free_bytes
+from proxy.gpus.specs import cards, find_card, idle_free_bytes
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.units import GIB
 from proxy.errors import GpuError
 from proxy.gpus.static import StaticSource, parse_size
-
-GIB = 2**30
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from typing import Any
 from planner.hardware import Gpu, Host, Rig
 from planner.profile import Tensor, build_profile
 from planner.quantization import ggml_type
+from planner.units import GIB
 from proxy.simulator import Model, Simulator, build_model
 from proxy.simulator.placement import Environment
 from proxy.simulator.replies import Prompt, Reply
 from tests.proxy import recordings
 from tests.proxy.recordings import Exchange
 
-GIB = 2**30
 H200 = Gpu(
     uuid="GPU-0",
     name="NVIDIA H200",

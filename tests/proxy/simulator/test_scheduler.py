@@ -6,11 +6,11 @@ import httpx
 import pytest
 
 from planner.hardware import Gpu, Host, Rig
+from planner.units import GIB, MIB
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.simulator.placement import Environment
 from tests.servers import serve
 
-GIB, MIB = 2**30, 2**20
 FAST = Gpu(
     uuid="GPU-5090",
     name="NVIDIA GeForce RTX 5090",

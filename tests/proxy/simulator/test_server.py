@@ -12,13 +12,13 @@ import httpx
 import pytest
 
 from planner.hardware import Gpu, Host, Rig
+from planner.units import GIB
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.simulator.gpus import rig_from_json
 from proxy.simulator.http import Request
 from proxy.simulator.placement import Environment
 from tests.servers import serve
 
-GIB = 2**30
 RIG = Rig(
     gpus=(
         Gpu(
