@@ -121,6 +121,7 @@ class Placements:
         self._v1_names: set[str] = set()  # not looked up yet
         self._v1_blobs: set[str] = set()
         self._told: set[str] = set()
+        self._reading: asyncio.Task[Rig] | None = None
 
     # What requests do
 
@@ -133,13 +134,16 @@ class Placements:
                 return known
             async with asyncio.timeout(PLAN_S):
                 return await self._decide(request)
-        except LopsidedError as error:
+        except ModelError as error:
             return self._as_it_is(request.model, str(error))
+        except LopsidedError as error:
+            reason = str(error)
         except TimeoutError:
-            return self._as_it_is(request.model, f"no plan within {PLAN_S:g} s")
+            reason = f"no plan within {PLAN_S:g} s"
         except Exception as error:
             log.debug("planning failed", exc_info=error)
-            return self._as_it_is(request.model, f"planning failed: {type(error).__name__}: {error}")
+            reason = f"planning failed: {type(error).__name__}: {error}"
+        return self._known(request, certain=False) or self._as_it_is(request.model, reason)
 
     def done(self, decision: Decision, *, loaded: bool) -> None:
         """The request is over; ``loaded`` where Ollama answered it, so that the model was in memory."""
@@ -155,14 +159,17 @@ class Placements:
         if failed is None or not failed.delivery.options or decision.request is None:
             return None
         slot = self._slots[failed.blob]
-        if slot.current is failed:  # the first of those that waited for this load
+        before = self._failure(failed.blob, failed.num_ctx)
+        if before is None or before.careful <= failed.careful:  # the first of those that waited for this load
             self._failures[(failed.blob, failed.num_ctx)] = _Failure(
                 careful=failed.careful + 1, delivery=failed.delivery, at=self._clock()
             )
-            slot.current = None
             log.warning("%s: %s ran out of memory", failed.model, failed.delivery.text)
-        self.done(decision, loaded=False)
-        return await self.decide(decision.request)
+        if slot.current is failed:
+            slot.current = None
+        instead = await self.decide(decision.request)
+        self.done(decision, loaded=False)  # not before: a client that leaves meanwhile has it called for this decision
+        return instead
 
     def seen_on_v1(self, model: str) -> None:
         """A request without options loads ``model``: from now on it is left alone, or each change of client would reload it."""
@@ -193,7 +200,10 @@ class Placements:
         """The GPUs as they are now. Raises ``GpuError``."""
         if self._gpus is None:
             raise GpuError("no source of GPUs")
-        return await asyncio.to_thread(self._gpus.rig)
+        if self._reading is None or self._reading.done():  # a driver that hangs takes one thread, not all of them
+            self._reading = asyncio.create_task(asyncio.to_thread(self._gpus.rig), name="read GPUs")
+            self._reading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._reading)
 
     # How it is decided
 
@@ -220,13 +230,19 @@ class Placements:
             return await self._decide(request)
         return self._use(slot, slot.current, request)
 
-    def _known(self, request: LoadRequest) -> Decision | None:
-        """The decision where it takes no question to anybody: all but the first request in a while."""
+    def _known(self, request: LoadRequest, *, certain: bool = True) -> Decision | None:
+        """The decision where it takes no question to anybody: all but the first request in a while.
+
+        Not ``certain``: questions have failed, and what was in force last is the best that can be known.
+        """
         facts = self._facts.get(full_name(request.model))
         slot = self._slots.get(facts.blob or facts.digest) if facts else None
-        if facts is None or slot is None or slot.current is None or self._v1_names:
+        if facts is None or slot is None or slot.current is None:
             return None
-        if not self._holds(slot, asked_context(request.options, facts, self._settings)):
+        if full_name(request.model) in self._v1_names or (certain and self._v1_names):
+            return None
+        num_ctx = asked_context(request.options, facts, self._settings)
+        if slot.current.num_ctx != num_ctx or (certain and not self._holds(slot, num_ctx)):
             return None
         if own_wish(request.options, facts.defaults) is not None:
             return None
@@ -256,9 +272,7 @@ class Placements:
                 return unchanged
         if unchanged and blob in loaded:
             return unchanged
-        failure = self._failures.get((blob, num_ctx))
-        if failure is not None and self._clock() - failure.at > FAILURE_KEPT_S:
-            failure = None
+        failure = self._failure(blob, num_ctx)
         careful = failure.careful if failure else 0
         plan, delivery = None, stock("the plans before ran out of memory", without=MAIN_GPU)
         if careful < 2:
@@ -314,6 +328,10 @@ class Placements:
             rig = freed(rig, loaded[blob].vram_bytes, _held(slot.current if slot else None))
         return rig
 
+    def _failure(self, blob: str, num_ctx: int | None) -> _Failure | None:
+        failure = self._failures.get((blob, num_ctx))
+        return failure if failure and self._clock() - failure.at <= FAILURE_KEPT_S else None
+
     def _is_busy(self, blob: str) -> bool:
         return blob in self._slots and self._slots[blob].users > 0
 
@@ -338,9 +356,13 @@ class Placements:
 
     async def _is_on_v1(self, blob: str) -> bool:
         for name in tuple(self._v1_names):
-            with suppress(ModelError):  # it names nothing that could be loaded
+            try:
                 facts = await self._catalog.facts(name)
                 self._v1_blobs.add(facts.blob or facts.digest)
+            except UpstreamError:  # nothing to hold against other models; asked for again next time
+                continue
+            except ModelError:
+                pass  # it names nothing that could be loaded
             self._v1_names.discard(name)
         return blob in self._v1_blobs
 

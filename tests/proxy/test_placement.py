@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import httpx
@@ -13,13 +14,21 @@ import pytest
 
 from planner.placement import Placement, solo
 from planner.plan import make_plan
+from planner.units import GIB
+from proxy import catalog, placement
+from proxy.catalog import ModelFacts
+from proxy.endpoints import parse_load_request
 from proxy.errors import GpuError
 from proxy.gpus.static import StaticSource
 from proxy.loading import freed
 from proxy.options import era_of
+from proxy.placement import Placements
+from proxy.settings import load_settings
 from proxy.simulator import Simulator, create_app, demo_models
+from proxy.simulator.http import error
 from proxy.simulator.placement import Environment
-from tests.proxy.planners import GIB, RIG, make, planner_for
+from proxy.simulator.server import ROUTES
+from tests.proxy.planners import PAIR, RIG, make, planner_for
 from tests.proxy.upstreams import proxy_before
 from tests.servers import serve
 
@@ -293,6 +302,97 @@ def test_memory_of_a_model_goes_back_to_where_it_was():
     assert gib(freed(used, 6 * GIB, (3 * GIB, GIB))) == [25, 23]
     assert gib(freed(used, 6 * GIB, None)) == [27, 23]
     assert gib(freed(RIG, 5 * GIB, (3 * GIB, 0))) == gib(RIG)
+
+
+async def _refuses(_exchange):
+    return error(500, "not now")
+
+
+@pytest.mark.parametrize("path", ["/api/tags", "/api/ps", "/api/version", "/api/show"])
+def test_questions_that_fail_do_not_change_a_plan_in_force(path, monkeypatch):
+    # shows: the options go on into every request while Ollama answers one of the proxy's questions with an error
+    monkeypatch.setattr(catalog, "DIGESTS_GOOD_S", 0.0)
+    monkeypatch.setattr(placement, "LOOK_S", 0.0)
+    with stage(on(1)) as it:
+        it.ask()
+        with monkeypatch.context() as broken:
+            broken.setitem(ROUTES[path], "POST" if path == "/api/show" else "GET", _refuses)
+            assert it.ask().headers[HEADER] == "solo CUDA1; auto"
+        assert it.ask().headers[HEADER] == "solo CUDA1; auto"
+        assert it.loads() == 1
+
+
+def test_a_model_on_v1_that_cannot_be_looked_up_costs_others_nothing(monkeypatch):
+    with stage(on(1)) as it:
+        it.ask()
+        monkeypatch.setitem(ROUTES["/api/show"], "POST", _refuses)
+        it.ask(path="/v1/completions", model="qwen3:0.6b", prompt="x")
+        assert it.ask().headers[HEADER] == "solo CUDA1; auto"
+        assert it.simulator.scheduler.count("reload") == 0
+
+
+def test_a_driver_that_hangs_is_asked_once(monkeypatch):
+    # shows: it takes one thread, not one a request until there are none left for anything else
+    monkeypatch.setattr(placement, "PLAN_S", 0.4)
+    asked, go_on = [], threading.Event()
+
+    def hangs():
+        asked.append(1)
+        go_on.wait(10)
+        return RIG
+
+    with stage(on(1)) as it:
+        it.rig = hangs
+        texts = [it.ask(options={"num_ctx": num_ctx}).headers[HEADER] for num_ctx in (1024, 2048, 3072)]
+        assert (texts, len(asked)) == (["stock; no plan within 0.2 s"] * 3, 1)
+        go_on.set()
+        _wait(lambda: it.ask(options={"num_ctx": 4096}).headers[HEADER] == "solo CUDA1; auto")
+
+
+class Fixed:
+    """Stands for Ollama and its catalog, where nothing is loaded and every name is the same model."""
+
+    async def loaded(self):
+        return ()
+
+    async def era(self):
+        return "llama-server"
+
+    async def facts(self, name):
+        return ModelFacts(digest="d", blob="b", profile=MODELS[0].profile, defaults={})
+
+
+def fixed_placements(**parts):
+    settings = load_settings(host="127.0.0.1:11435", upstream="127.0.0.1:1")
+    return Placements(ollama=Fixed(), catalog=Fixed(), settings=settings, **{"gpus": PAIR, "planner": on(1), **parts})
+
+
+def load_request(num_ctx):
+    return parse_load_request("/api/generate", b'{"model":"m","options":{"num_ctx":%d}}' % num_ctx)
+
+
+async def test_a_failure_is_remembered_though_another_context_was_asked_for_meanwhile():
+    # shows: two clients with different contexts cannot keep a plan that fails going for ever
+    placements = fixed_placements()
+    failing = await placements.decide(load_request(1024))
+    await placements.decide(load_request(2048))
+    instead = await placements.after_failure(failing)
+    assert instead.delivery.text == "stock; the same plan ran out of memory before"
+
+
+async def test_a_client_that_leaves_after_a_failure_is_counted_out_once():
+    # shows: a request under way still keeps its placement, whoever left while it was planned again
+    clock = iter(range(1000))
+    placements = fixed_placements(clock=lambda: 10.0 * next(clock))
+    failing = await placements.decide(load_request(1024))
+    leaving = asyncio.create_task(placements.after_failure(failing))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    with suppress(asyncio.CancelledError):
+        await leaving
+    placements.done(failing, loaded=False)
+    first = await placements.decide(load_request(2048))
+    assert (await placements.decide(load_request(2048))).in_force is first.in_force
 
 
 def _wait(condition, seconds=5.0):
