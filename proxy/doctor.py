@@ -29,7 +29,7 @@ ASK_S = 3.0
 OLDEST = (0, 11, 5)
 """The first Ollama whose placement is known: older ones plan by other rules."""
 
-SHARED = ("num_parallel", "context_length", "kv_cache_type", "flash_attention", "gpu_overhead_bytes")
+SHARED = ("num_parallel", "context_length", "kv_cache_type", "flash_attention", "sched_spread", "gpu_overhead_bytes")
 """Settings that Ollama has and does not tell: lopsided reads the same variables from its own environment."""
 
 FACTS = ("compute_capability", "sm_count", "clock_mhz", "bandwidth_bytes_per_s")
@@ -129,12 +129,13 @@ def _upstream(sight: Sight) -> Iterator[Finding]:
 
 def _environment(sight: Sight) -> Iterator[Finding]:
     variables = {name: str(Settings.model_fields[name].validation_alias) for name in SHARED}
-    given = [f"{variables[name]}={getattr(sight.settings, name)}" for name in SHARED if name in sight.settings.model_fields_set]
+    values = {name: getattr(sight.settings, name) for name in SHARED if name in sight.settings.model_fields_set}
+    given = [f"{variables[name]}={int(value) if isinstance(value, bool) else value or 0}" for name, value in values.items()]
     if given:
         advice = "They must be set alike where Ollama runs"
         yield Finding(level="ok", subject="settings", text=f"taken to be Ollama's too: {', '.join(given)}", advice=advice)
     else:
-        advice = f"Where Ollama's environment sets one of these, set it here too: {', '.join(variables.values())}"
+        advice = f"If Ollama's environment sets one of these, set it here too: {', '.join(variables.values())}"
         yield Finding(level="ok", subject="settings", text="Ollama is taken to run with its defaults", advice=advice)
     if sight.settings.sched_spread:
         text = "OLLAMA_SCHED_SPREAD is set: stock Ollama spreads every model over all GPUs"
@@ -144,7 +145,7 @@ def _environment(sight: Sight) -> Iterator[Finding]:
 
 def _gpus(sight: Sight) -> Iterator[Finding]:
     if sight.rig is None:
-        advice = "Until then requests pass unchanged. Cards can be described instead, in a file: LOPSIDED_PROFILE"
+        advice = "Until then requests pass unchanged. A file can describe the cards instead: LOPSIDED_PROFILE (docs/settings.md)"
         yield Finding(level="fail", subject="GPUs", text=sight.gpu_problem, advice=advice)
         return
     gpus = sight.rig.gpus
@@ -156,7 +157,9 @@ def _gpus(sight: Sight) -> Iterator[Finding]:
         return
     if len({gpu.name for gpu in gpus}) == 1:
         yield Finding(level="ok", subject="GPUs", text="all cards are alike: the plans will mostly be stock Ollama's")
-    if sight.order.names:
+    if sight.settings.profile:
+        yield Finding(level="ok", subject="device order", text=f"as {sight.settings.profile} gives it")
+    elif sight.order.names:
         yield Finding(level="ok", subject="device order", text="as LOPSIDED_DEVICE_ORDER gives it")
     elif sight.order.by_pci:
         advice = "It must be set in Ollama's environment too"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -100,7 +101,7 @@ async def test_an_ollama_that_is_down_and_gpus_that_do_not_answer_are_findings_n
     assert found(seen, "GPUs") == (
         "fail",
         "NVML does not answer: Driver Not Loaded Until then requests pass unchanged. "
-        "Cards can be described instead, in a file: LOPSIDED_PROFILE",
+        "A file can describe the cards instead: LOPSIDED_PROFILE (docs/settings.md)",
     )
 
 
@@ -140,11 +141,18 @@ def test_a_guessed_device_order_is_a_warning_that_names_both_remedies():
     assert found(sight(order=DeviceOrder(names=("RTX 5090",))), "device order")[0] == "ok"
 
 
+def test_the_order_of_a_profile_is_no_guess(tmp_path):
+    (profile := tmp_path / "rig.toml").write_text("")
+    seen = sight(settings=load_settings(profile=profile), order=DeviceOrder(names=("another",)))
+    assert found(seen, "device order") == ("ok", f"as {profile} gives it ")
+
+
 def test_spread_is_a_warning_and_shared_settings_are_named_with_their_values():
     told = sight(settings=load_settings(sched_spread="1", num_parallel=4, kv_cache_type="q8_0"))
     assert found(told, "spread")[0] == "warn"
-    assert "OLLAMA_NUM_PARALLEL=4, OLLAMA_KV_CACHE_TYPE=q8_0" in found(told, "settings")[1]
-    assert "defaults" in found(sight(), "settings")[1]
+    assert "OLLAMA_NUM_PARALLEL=4, OLLAMA_KV_CACHE_TYPE=q8_0, OLLAMA_SCHED_SPREAD=1" in found(told, "settings")[1]
+    assert "OLLAMA_NUM_PARALLEL=0" in found(sight(settings=load_settings(num_parallel=0)), "settings")[1]
+    assert re.search("defaults.* OLLAMA_SCHED_SPREAD", found(sight(), "settings")[1])
 
 
 def test_what_a_card_does_not_tell_is_named():
