@@ -78,7 +78,8 @@ gpu_option = click.option(
     "cards",
     multiple=True,
     metavar="CARD[:FREE]",
-    help="A card to plan for instead of this machine's, e.g. \"RTX 3090:22GiB\". Repeat it in Ollama's device order.",
+    help="A card to plan for instead of this machine's, e.g. \"RTX 3090:22GiB\" (RAM stays this machine's). "
+    "Repeat it in Ollama's device order.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
@@ -158,7 +159,7 @@ def plan(
         _print_json(plan_json(answer.plan, answer.delivery))
         return
     launcher = launcher_arguments(answer.plan)
-    _print(plan_report(answer.plan, options=answer.delivery.options, launcher=launcher, header_only=answer.header_only))
+    _print(plan_report(answer.plan, delivery=answer.delivery, launcher=launcher, header_only=answer.header_only))
 
 
 @main.command()

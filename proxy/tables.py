@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -12,18 +12,20 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.hardware import Gpu, Rig
+from planner.memory import DeviceMemory
 from planner.placement import Placement
 from planner.plan import Plan
 from planner.request import Candidate, Era
 from planner.units import GIB, MIB
 from proxy.doctor import Finding, Level
+from proxy.options import Delivery
 
 if TYPE_CHECKING:  # the demo brings the server with it, which takes a second to import
     from proxy.demo import Outcome, Run
 
 ALTERNATIVES_SHOWN = 5
 LEVEL_STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-ERA_NAMES: dict[Era, str] = {"llama-server": "stock Ollama ≥ 0.30", "runner": "stock Ollama ≤ 0.24"}
+ERA_NAMES: dict[Era, str] = {"llama-server": "stock ≥ 0.30", "runner": "stock ≤ 0.24"}
 
 
 def gib(size_bytes: int | None) -> str:
@@ -57,18 +59,24 @@ def placement_text(placement: Placement, names: Sequence[str]) -> str:
 
 
 def new_table(*columns: str, title: str | None = None, right: Iterable[str] = ()) -> Table:
-    """An empty table in the house's look; the columns named in ``right`` hold numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    """An empty table in the house's look, for terminals of 80 columns; the columns named in ``right`` hold numbers.
+
+    Where it is too wide all the same, text goes on in the next line; nothing is left out.
+    """
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     numbers = frozenset(right)
     for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=column in numbers)
+        number = column in numbers
+        table.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return table
 
 
 def devices_report(rig: Rig, power_shares: Sequence[float]) -> RenderableType:
     """The rig in Ollama's device order, ``power_shares`` in the same order."""
-    right = ("#", "memory", "free", "CC", "SMs", "MHz", "GB/s", "share of power")
-    table = new_table("#", "GPU", "memory", "free", "CC", "SMs", "MHz", "GB/s", "PCIe", "share of power", "UUID", right=right)
+    right = ("#", "memory", "free", "CC", "SMs", "MHz", "GB/s", "power share")
+    table = new_table("#", "GPU", "memory", "free", "CC", "SMs", "MHz", "GB/s", "PCIe", "power share", right=right)
     for index, (gpu, name, share) in enumerate(zip(rig.gpus, gpu_names(rig.gpus), power_shares, strict=True)):
         table.add_row(
             str(index),
@@ -81,17 +89,19 @@ def devices_report(rig: Rig, power_shares: Sequence[float]) -> RenderableType:
             f"{gpu.bandwidth_bytes_per_s / 1e9:.0f}" if gpu.bandwidth_bytes_per_s else "-",
             f"{gpu.pcie_generation} ×{gpu.pcie_width}" if gpu.pcie_generation and gpu.pcie_width else "-",
             f"{share:.1%}",
-            gpu.uuid,
         )
-    return Group(table, Text("# is Ollama's index: what main_gpu means.", style="dim"))
+    legend = (
+        "#: Ollama's index, which main_gpu means. CC: compute capability. Power share: of the computing power "
+        "(SMs × MHz where known), by which the boost algorithm weighs cards."
+    )
+    uuids = [Text(f"  {index}  {gpu.uuid}") for index, gpu in enumerate(rig.gpus)]
+    return Group(table, Text(legend, style="dim"), Text(), Text("UUIDs", style="bold"), *uuids)
 
 
-def plan_report(
-    plan: Plan, *, options: Mapping[str, object], launcher: Sequence[str], header_only: bool = False
-) -> RenderableType:
+def plan_report(plan: Plan, *, delivery: Delivery, launcher: Sequence[str], header_only: bool = False) -> RenderableType:
     """The winner and what it costs on each device, stock's own choice in both eras, the best losers, and the reasons.
 
-    ``options`` are those that a request gets, ``launcher`` the arguments of llama-server that mean the same in full.
+    ``delivery`` is what a request gets, ``launcher`` the arguments of llama-server that mean the plan in full.
     """
     names = gpu_names(plan.rig.gpus)
     unchanged = plan.chosen is plan.stock
@@ -100,16 +110,21 @@ def plan_report(
         _model_line(plan, header_only),
         Text(),
         Text.assemble(("Plan: ", "bold"), (placement_text(plan.chosen.placement, names), "bold green"), f"  ({verdict})"),
+        Text(),
         _bytes_table(plan.chosen, plan.rig, names),
-        _comparison(plan, names),
+        *_ram_warning(plan.chosen, plan.rig),
+        _comparison(plan, delivery, names),
     ]
     losers = [candidate for candidate in plan.alternatives if candidate not in (plan.chosen, plan.stock)][:ALTERNATIVES_SHOWN]
     if losers:
-        parts.append(_candidates("Not chosen", [(candidate.label, candidate) for candidate in losers], names))
+        rows = [(candidate.label if candidate.label.startswith("boost ") else "", candidate) for candidate in losers]
+        parts.append(_candidates("Not chosen", rows, names))
     parts += [Text("Why", style="bold"), _numbered(plan.reasons)]
-    asked = ", ".join(f"{name} {value}" for name, value in options.items()) or "none"
+    asked = ", ".join(f"{name} {value}" for name, value in delivery.options.items()) or "none"
     arguments = " ".join(launcher) or "none can say this"
-    parts += [Text(), Text(f"Options of the request: {asked}"), Text(f"As arguments of llama-server: {arguments}")]
+    parts += [Text(), Text(f"Options of the request: {asked}"), Text(f"X-Lopsided-Plan: {delivery.text}")]
+    if plan.request.era == "llama-server":
+        parts.append(Text(f"The plan as arguments of llama-server: {arguments}"))
     return Group(*parts)
 
 
@@ -138,6 +153,7 @@ def demo_report(outcomes: Sequence[Outcome], names: Sequence[str], *, ollama: st
     right = ("context", "tok/s", "tok/s ", "gain")
     columns = ("model", "context", "stock Ollama", "tok/s", "lopsided", "tok/s ", "gain", "")
     table = new_table(*columns, title=f"SIMULATED: {' + '.join(names)}, {ollama}", right=right)
+    table.columns[0].no_wrap = True
     names = [name.removeprefix("RTX ") for name in names]
     notes = []
     for outcome in outcomes:
@@ -158,7 +174,8 @@ def demo_report(outcomes: Sequence[Outcome], names: Sequence[str], *, ollama: st
                 f"{outcome.case.model}: the options of a request cannot ask this Ollama for {planned}, "
                 f"predicted at {rate(outcome.planned.tokens_per_s)} tok/s."
             )
-    return Group(table, *map(Text, notes))
+    legend = "38 + 27: layers on each card, the output layer counted. tok/s: the speed of the answer."
+    return Group(table, Text(legend, style="dim"), *map(Text, notes))
 
 
 def _run_text(run: Run, n_layers: int, names: Sequence[str]) -> str:
@@ -191,46 +208,70 @@ def _model_line(plan: Plan, header_only: bool) -> RenderableType:
 def _bytes_table(candidate: Candidate, rig: Rig, names: Sequence[str]) -> Table:
     placement = candidate.placement
     right = ("weights", "KV", "compute", "runtime", "total", "limit")
-    table = new_table("device", "layers", "output", *right, right=right)
+    title = "GiB on each device (limit: what is free, on GPUs less a margin)"
+    table = new_table("device", "layers", "output", *right, title=title, right=right)
     runs = dict(placement.ranges())
     for gpu in (*placement.order, *(i for i in range(len(rig.gpus)) if i not in placement.order)):
-        memory = candidate.memory.devices[gpu]
         table.add_row(
             names[gpu],
             _range_text(runs.get(gpu, range(0))),
             "yes" if gpu == placement.output_gpu else "",
-            *map(gib, (memory.weights_bytes, memory.kv_bytes, memory.compute_bytes, memory.runtime_bytes, memory.total_bytes)),
-            gib(candidate.limits[gpu]),
+            *_sizes(candidate.memory.devices[gpu], candidate.limits[gpu]),
         )
-    host = candidate.memory.host
     table.add_row(
         "RAM",
         _range_text(range(placement.cpu_layers)),
         "yes" if placement.output_gpu is None else "",
-        *map(gib, (host.weights_bytes, host.kv_bytes, host.compute_bytes, host.runtime_bytes, host.total_bytes)),
-        gib(rig.host.free_bytes),
+        *_sizes(candidate.memory.host, rig.host.free_bytes),
     )
     return table
 
 
-def _comparison(plan: Plan, names: Sequence[str]) -> Table:
-    rows = [("lopsided", plan.chosen)]
+def _sizes(memory: DeviceMemory, limit_bytes: int | None) -> Iterator[str]:
+    """Two digits after the point, or the rest between a limit of 30.4 GiB and a total of 30.4 GiB is not seen."""
+    parts = (memory.weights_bytes, memory.kv_bytes, memory.compute_bytes, memory.runtime_bytes, memory.total_bytes, limit_bytes)
+    for size_bytes in parts:
+        yield "-" if size_bytes is None else f"{size_bytes / GIB:.2f}"
+
+
+def _ram_warning(candidate: Candidate, rig: Rig) -> Iterator[Text]:
+    placement, free_bytes = candidate.placement, rig.host.free_bytes
+    needed_bytes = candidate.memory.host.total_bytes
+    in_ram = placement.cpu_layers or placement.cpu_experts or placement.output_gpu is None
+    if in_ram and free_bytes is not None and needed_bytes > free_bytes:
+        text = (
+            f"RAM: {gib(needed_bytes)} are needed, {gib(free_bytes)} are free. Ollama may refuse to load this, "
+            "or read what has no room from the disk again for every token, far slower than predicted."
+        )
+        yield Text(text, style="yellow")
+        yield Text()
+
+
+def _comparison(plan: Plan, delivery: Delivery, names: Sequence[str]) -> Table:
+    """The plan, what the options of a request make of it where that is something else, and stock in both eras."""
+    rows = [("plan", plan.chosen)]
+    if plan.request.era == "llama-server" and plan.chosen_by_options is not plan.chosen:
+        rows.append(("by request options", plan.chosen_by_options))
+    elif plan.request.era == "runner" and plan.chosen is not plan.stock and not delivery.options:
+        rows.append(("by request options", plan.stock))
     rows += [
         (ERA_NAMES[era] + (" (yours)" if era == plan.request.era else ""), stock)
         for era, stock in sorted(plan.stock_by_era.items(), key=lambda item: item[0] != plan.request.era)
     ]
-    return _candidates("Predicted speed, beside what stock Ollama does", rows, names)
+    return _candidates("Predicted tokens per second, beside stock Ollama's", rows, names)
 
 
 def _candidates(title: str, rows: Sequence[tuple[str, Candidate]], names: Sequence[str]) -> Table:
-    right = ("decode tok/s", "prefill tok/s", "most filled")
-    table = new_table("", "placement", *right, title=title, right=right)
+    """``decode`` is the speed of an answer, ``prefill`` that of reading the prompt; a column of labels where there are any."""
+    right = ("decode", "prefill", "fullest GPU")
+    labelled = any(label for label, _ in rows)
+    table = new_table(*[""] * labelled, "placement", *right, title=title, right=right)
     for label, candidate in rows:
         fills = [
             memory.total_bytes / limit for memory, limit in zip(candidate.memory.devices, candidate.limits, strict=True) if limit
         ]
         table.add_row(
-            label,
+            *[label] * labelled,
             placement_text(candidate.placement, names) + ("" if candidate.fits else " (does not fit)"),
             rate(candidate.decode_tokens_per_s),
             rate(candidate.prefill_tokens_per_s),

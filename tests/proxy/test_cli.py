@@ -191,9 +191,49 @@ def test_a_plan_is_told_with_ranges_bytes_both_eras_and_reasons():
     (_, first, start, middle, no), (_, second, after, end, yes) = runs
     assert (int(start), int(after), int(end), no, yes) == (0, int(middle) + 1, 79, "", "yes")
     assert int(first) + int(second) == 80
-    assert "stock Ollama ≥ 0.30 (yours)" in text
-    assert "stock Ollama ≤ 0.24" in text
+    assert "stock ≥ 0.30 (yours)" in text
+    assert "stock ≤ 0.24" in text
     assert re.search(r"Why\n  1\. ", text)
+
+
+def test_a_split_is_told_beside_what_request_options_make_of_it():
+    text = lopsided("plan", LLAMA_70B, *PAIR, "--ctx", "8192").stdout
+    plan, by_options, stock = (re.search(rf"^ {label} .*", text, re.MULTILINE)[0] for label in ("plan", "by req.*?", "stock ≥"))
+    assert re.findall(r"\d+ +\d+%", by_options) == re.findall(r"\d+ +\d+%", stock) != re.findall(r"\d+ +\d+%", plan)
+    assert re.search(r"^X-Lopsided-Plan: split CUDA0=\d+,CUDA1=\d+; .* stock Ollama ignores$", text, re.MULTILINE)
+
+
+def test_an_ollama_without_llama_server_is_shown_no_arguments_of_it():
+    card_in_use = ("--gpu", "RTX 5090:20GiB", "--gpu", "RTX 3090", "--ctx", "16384", "--ollama-version", "0.24.0")
+    text = lopsided("plan", str(GGUF / "mistral-small-24b-q4km.gguf"), *card_in_use).stdout
+    assert "by request options    RTX 3090 alone" in text
+    assert "can't be asked of this Ollama" in text
+    assert "llama-server" not in text.partition("X-Lopsided-Plan")[2]
+
+
+@pytest.mark.parametrize("boost", ["1.0", "2.0"])
+def test_a_plan_that_has_no_room_in_ram_says_so(boost, tmp_path):
+    rig = '[[gpu]]\nname = "RTX 5090"\n[[gpu]]\nname = "RTX 3090"\n[host]\ntotal = "32GiB"\nfree = "{free}"\n'
+    said = []
+    for free in ("1GiB", "32GiB"):
+        (profile := tmp_path / "rig.toml").write_text(rig.format(free=free))
+        done = lopsided("plan", LLAMA_70B, "--ctx", "65536", "--boost", boost, LOPSIDED_PROFILE=str(profile))
+        said.append("1.0 GiB are free. Ollama may refuse" in done.stdout)
+    assert said == [True, False]
+
+
+def test_tables_fit_a_terminal_of_80_columns_and_lose_nothing():
+    printed = [
+        lopsided("devices", *PAIR, COLUMNS="80"),
+        lopsided("plan", LLAMA_70B, *PAIR, "--ctx", "131072", COLUMNS="80"),
+        lopsided("demo", "--once", COLUMNS="80"),
+    ]
+    for done in printed:
+        assert "…" not in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 80
+    assert re.search(r"^ 0  RTX 5090 ", printed[0].stdout, re.MULTILINE)
+    assert re.search(r"^ RTX 3090  +\d+: \d+-\d+ ", printed[1].stdout, re.MULTILINE)
+    assert re.search(r"^ mistral-small:24b +16384 ", printed[2].stdout, re.MULTILINE)
 
 
 def test_a_model_of_the_ollama_behind_the_proxy_is_planned_by_its_name(ollama):
@@ -205,7 +245,7 @@ def test_a_model_of_the_ollama_behind_the_proxy_is_planned_by_its_name(ollama):
 
 def test_the_plan_follows_the_version_of_ollama_that_is_named():
     text = lopsided("plan", LLAMA_70B, *PAIR, "--ctx", "8192", "--ollama-version", "0.24.0").stdout
-    assert "stock Ollama ≤ 0.24 (yours)" in text
+    assert "stock ≤ 0.24 (yours)" in text
 
 
 def test_a_console_without_the_signs_gets_others():
@@ -218,7 +258,7 @@ def test_a_console_without_the_signs_gets_others():
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "stock Ollama ? 0.30" in done.stdout
+    assert "stock ? 0.30" in done.stdout
 
 
 def test_output_into_a_closed_pipe_is_no_accident():
