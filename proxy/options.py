@@ -80,7 +80,7 @@ def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
     """How ``plan`` is told to an Ollama of ``era``; a client's ``main_gpu: 0`` goes out in any case.
 
     ``plan.chosen_by_options`` is what a stock Ollama can be told. Where nothing of that is better than stock, a split still
-    goes out as ``tensor_split``, for forks that know it.
+    goes out as ``tensor_split``, for forks that know it; not one with a rest in RAM, which it cannot say.
     """
     how = "auto" if plan.request.boost is None else f"boost {plan.request.boost:g}"
     told = plan.chosen_by_options
@@ -96,7 +96,7 @@ def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
     if plan.chosen is plan.stock:
         return stock(f"{how}; nothing is faster", without=MAIN_GPU)
     label = placement_text(plan.chosen.placement, plan.rig)
-    if tensor_split and len(plan.chosen.placement.order) > 1:
+    if tensor_split and plan.chosen.placement.kind == "split":
         shares = ",".join(str(share) for share in plan.chosen.placement.shares)
         return _delivery(f"{label}; {how}; by tensor_split, which stock Ollama ignores", {"tensor_split": shares})
     return stock(f"{how}; {label} takes the launcher", without=MAIN_GPU)

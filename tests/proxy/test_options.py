@@ -69,6 +69,7 @@ def test_a_split_goes_out_as_tensor_split_alone_unless_that_is_off():
         "split CUDA0=8,CUDA1=3; auto; by tensor_split, which stock Ollama ignores",
         {"tensor_split": "8,3"},
     )
+    assert told(PARTIAL, FAST) == ("stock; auto; partial CUDA0=4,CUDA1=4 takes the launcher", {})
     text, options = told(SPLIT, FAST, tensor_split=False)
     assert (text, options) == ("stock; auto; split CUDA0=8,CUDA1=3 takes the launcher", {})
 
