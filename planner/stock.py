@@ -74,15 +74,17 @@ def effective_settings(profile: ModelProfile, rig: Rig, request: PlanRequest) ->
     """The load that ``request`` means on ``rig``, before any batch is chosen: context cut to the trained one, sequences."""
     wanted = request.num_ctx or default_num_ctx(rig)
     single = request.embedding or profile.architecture.replace("-", "_") in SINGLE_SEQUENCE
+    parallel = 1 if single else request.parallel
     batch = request.num_batch or DEFAULT_BATCH
     return LoadSettings(
         num_ctx=min(wanted, profile.context_train or wanted),
-        parallel=1 if single else request.parallel,
+        parallel=parallel,
         batch=batch,
         ubatch=batch,
         kv_type_k=request.kv_type_k,
         kv_type_v=request.kv_type_v,
         flash_attention=request.flash_attention,
+        outputs=None if request.embedding or request.era == "runner" else parallel,
     )
 
 

@@ -204,7 +204,7 @@ def test_what_is_predicted_lies_between_the_measured_neighbours() -> None:
     ran_bytes = estimate_memory(profile, settings, ran).devices[0].total_bytes
     chosen = plan.chosen.memory.devices[0]
     layer = profile.layers[0].weights_bytes
-    assert ran_bytes - layer < chosen.total_bytes - chosen.runtime_bytes < ran_bytes + 200 * models.MIB
+    assert ran_bytes - layer < chosen.total_bytes - chosen.runtime_bytes < ran_bytes + 2 * layer
 
 
 def test_a_machine_without_gpus_and_a_host_without_memory_are_answers_too() -> None:

@@ -227,3 +227,11 @@ def test_no_gpu_at_all_leaves_everything_in_ram() -> None:
     for era in ("runner", "llama-server"):
         load = stock_load(models.header("llama3.1-8b-q4km"), rig(), PlanRequest(num_ctx=4096, era=era))  # type: ignore[arg-type]
         assert load.placement.kind == "cpu"
+
+
+def test_a_server_that_generates_reserves_logits_for_one_token_of_each_sequence() -> None:
+    """As llama-server does; embeddings and the runner era reserve them for every token, which is never too little."""
+    profile, cards = models.header("llama3.1-8b-q4km"), models.rig(models.gpu("one", 24_000, gb_per_s=900))
+    assert effective_settings(profile, cards, PlanRequest(parallel=2)).outputs == 2
+    assert effective_settings(profile, cards, PlanRequest(parallel=2, era="runner")).outputs is None
+    assert effective_settings(profile, cards, PlanRequest(embedding=True)).outputs is None
