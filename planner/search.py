@@ -203,8 +203,14 @@ class Search:
                 break
             seen.add(placement)
             found = self.candidate(self._label(placement), placement, settings)
-            if self.holds(found) and (best is None or found.decode_tokens_per_s > best.decode_tokens_per_s):
-                best = found
+            near = [found]
+            if cpu_experts and not self.holds(found):  # the cut beside it may need a smaller buffer
+                near += [self.candidate(self._label(moved), moved, settings) for moved in self._moves(found)]
+            best = max(
+                (candidate for candidate in (best, *near) if candidate and self.holds(candidate)),
+                key=lambda candidate: candidate.decode_tokens_per_s,
+                default=None,
+            )
             for position, gpu in enumerate(placement.order):
                 device, key = found.memory.devices[gpu], (gpu, _role(position, len(placement.order)))
                 if device.total_bytes > self.limits[gpu]:
@@ -225,7 +231,8 @@ class Search:
 
     def _moves(self, candidate: Candidate) -> Iterator[Placement]:
         """One layer from a device (or RAM) to the next one, either way, where half a compute buffer more would make room."""
-        placement, held = candidate.placement, self.sizes(candidate.settings).held_prefix
+        placement, sizes = candidate.placement, self.sizes(candidate.settings)
+        held = _less_experts(sizes.held_prefix, sizes.experts_prefix, len(placement.cpu_experts))
         layers = placement.layers
         runs = placement.ranges()
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import combinations, pairwise, permutations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner.hardware import Rig
@@ -117,6 +117,7 @@ def test_many_gpus_come_within_a_layer_each_of_the_fractional_optimum(cards: lis
 
 
 @settings(max_examples=25, deadline=None)
+@example(6, 20, 20, 0)
 @given(st.integers(2, 8), st.integers(20, 120), st.integers(20, 120), st.integers(0, 2**32))
 def test_experts_in_ram_come_within_5_percent_of_brute_force(n_layers: int, free0: int, free1: int, seed: int) -> None:
     """Experts of the N lowest layers in RAM, every N and every cut over two GPUs.
