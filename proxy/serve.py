@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from proxy.upgrade import PlainProtocol
+
 KEEP_ALIVE_S = 3600
 """Idle client connections stay open, as with Ollama itself: a server that closes them makes clients' requests fail by chance."""
 
@@ -15,10 +17,10 @@ def uvicorn_options() -> dict[str, Any]:
     """Keywords for ``uvicorn.Config`` beside the application, host and port.
 
     No ``server`` and ``date`` headers, since Ollama sends its own date; no access log, since it costs per request and
-    paths are the user's; no WebSockets, since Ollama has none: an upgrade request is answered as the plain request it is.
+    paths are the user's; no WebSockets, since Ollama has none.
     """
     return {
-        "http": "httptools",
+        "http": PlainProtocol,
         "loop": "auto",
         "ws": "none",
         "lifespan": "on",

@@ -123,6 +123,30 @@ def test_an_upgrade_is_answered_as_the_plain_request_it_is():
     assert server.forwarded[0].header("upgrade") is None
 
 
+H2C = b"Host: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize("cut", [0, 20, 165])
+@pytest.mark.parametrize(
+    ("framing", "body"),
+    [
+        (b"Content-Length: 13\r\n\r\n", b'{"model":"m"}'),
+        (b"Transfer-Encoding: chunked\r\n\r\n", b'6\r\n{"mode\r\n7\r\nl":"m"}\r\n0\r\n\r\n'),
+        (b"Content-Length: 0\r\n\r\n", b""),
+    ],
+)
+def test_a_body_that_comes_with_the_offer_of_http_2_arrives(cut, framing, body):
+    # shows: what Java's own client sends, in one piece or in two; and the connection goes on, with a second offer too
+    with upstream(echo) as server, proxy_before(server.url) as url, connect(url) as connection:
+        data = b"POST /api/chat HTTP/1.1\r\n" + H2C + framing + body
+        connection.sendall(data[:cut])
+        time.sleep(0.02 if cut else 0)
+        connection.sendall(data[cut:] + data + b"GET /y HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        read_until_closed(connection)
+    wanted = b'{"model":"m"}' if body else b""
+    assert [(got.target, got.body) for got in server.forwarded] == [("/api/chat", wanted)] * 2 + [("/y", b"")]
+
+
 def test_an_interim_answer_is_passed_over():
     def script(_, conversation):
         conversation.send(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
