@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
@@ -44,7 +45,7 @@ def _listen(value: Any) -> Any:
 
 
 def _upstream(value: Any) -> Any:
-    return parse_address(value, strict=True).connectable() if isinstance(value, str) else value
+    return _askable(parse_address(value, strict=True).connectable()) if isinstance(value, str) else value
 
 
 def _ollama_host(value: Any) -> Any:
@@ -53,6 +54,15 @@ def _ollama_host(value: Any) -> Any:
     address = parse_address(value).connectable()
     if address.scheme not in ("http", "https"):
         raise ValueError("an address with http or https, or without a scheme")
+    return _askable(address)
+
+
+def _askable(address: Address) -> Address:
+    """``address`` if requests can be sent to it; Ollama takes any text for a host."""
+    try:
+        _ = httpx.URL(address.url).host
+    except (httpx.InvalidURL, ValueError) as error:  # UnicodeError, for a name that IDNA does not know
+        raise ValueError("host:port, with http:// or https:// or without, and no user's name") from error
     return address
 
 
