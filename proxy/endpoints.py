@@ -73,7 +73,9 @@ class LoadRequest:
             mine = add if field is target else {}
             if body[field.value_start] != 0x7B:  # null
                 if mine:
-                    body = body[: field.value_start] + edit(b"{}", 0, (), add=mine) + body[field.end :]
+                    # null has thrown away what stood before it, so it stays where there was something
+                    again = b'null,"options":' if len(self.option_members) > 1 else b""
+                    body = body[: field.value_start] + again + edit(b"{}", 0, (), add=mine) + body[field.end :]
                 continue
             remove = [member for member in inner if member.key in names]
             if mine or remove:

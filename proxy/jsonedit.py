@@ -18,15 +18,18 @@ from typing import Any, NamedTuple
 TOKEN_LIMIT = 1_000_000
 """Braces, brackets and strings that one scan looks at, about 0.3 s of work; beyond it the text counts as not understood."""
 
+MEMBER_LIMIT = 10_000
+"""Members of the objects that are looked into: a request has about twenty, with all of its options fifty."""
+
 DEPTH_LIMIT = 10_000
 """Nested containers, as in Go's ``encoding/json``."""
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 _BLANK = re.compile(rb"[ \t\n\r]*")
-_SCALAR = re.compile(rb"(?:true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)(?=[ \t\n\r,\]}]|$)")
+_SCALAR = re.compile(rb"(?:true|false|null|-?(?:0|[1-9]\d*+)(?:\.\d++)?+(?:[eE][+-]?\d++)?+)(?=[ \t\n\r,\]}]|$)")
 _MEMBER = re.compile(
     rb'[ \t\n\r]*"([^"\\\x00-\x1f]{0,256})"[ \t\n\r]*:[ \t\n\r]*'
-    rb'("[^"\\]{0,256}"|true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)[ \t\n\r]*([,}])'
+    rb'("[^"\\]{0,256}"|true|false|null|-?(?:0|[1-9]\d*+)(?:\.\d++)?+(?:[eE][+-]?\d++)?+)[ \t\n\r]*([,}])'
 )
 """A member as nearly all are, with what follows it; everything else takes the longer way."""
 _STRUCTURE = re.compile(rb'["{}\[\]]')
@@ -76,6 +79,8 @@ def members(text: bytes, start: int = 0) -> tuple[Member, ...]:
             follower = text[position : position + 1]
             position += 1
         found.append(member)
+        if len(found) > MEMBER_LIMIT:
+            raise JsonError(f"an object of more than {MEMBER_LIMIT} members")
         if follower == b"}":
             return tuple(found)
         if follower != b",":

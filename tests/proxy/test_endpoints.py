@@ -95,6 +95,15 @@ def test_absurd_nesting_is_refused_quickly():
         members(b'{"a":' + b"[" * (DEPTH_LIMIT + 1))
 
 
+@pytest.mark.parametrize("text", [b'{"a":' + b"1" * 5_000_000 + b"x}", b'{"a":1' + b',"a":1' * 500_000 + b"}"])
+def test_absurd_numbers_and_counts_are_refused_quickly(text):
+    # shows: nobody waits while one client's text is looked through (without care: a second each)
+    start = time.perf_counter()
+    with pytest.raises(JsonError):
+        members(text)
+    assert time.perf_counter() - start < 0.3
+
+
 def test_escaped_quotes_and_backslashes_end_no_string():
     text = rb'{"a\"b\\":"x\\\"y\\","c":{"d":"}]\\"}}'
     assert [(member.key, decode(text, member)) for member in members(text)] == [('a"b\\', 'x\\"y\\'), ("c", {"d": "}]\\"})]
@@ -131,6 +140,10 @@ def parse(body, path="/api/generate"):
         (b'{"model":"m"}', b'{"options":{"main_gpu":1},"model":"m"}'),
         (b'{"model":"m","options":{}}', b'{"model":"m","options":{"main_gpu":1}}'),
         (b'{"model":"m","options":null}', b'{"model":"m","options":{"main_gpu":1}}'),
+        (  # what the null has thrown away must not come back
+            b'{"model":"m","options":{"num_ctx":8},"options":null}',
+            b'{"model":"m","options":{"num_ctx":8},"options":null,"options":{"main_gpu":1}}',
+        ),
         (b'{"model":"m","options":{"seed":1}}', b'{"model":"m","options":{"main_gpu":1,"seed":1}}'),
         (b'{"model":"m","options":{"main_gpu":0}}', b'{"model":"m","options":{"main_gpu":1}}'),
         (b'{"model":"m","options":{"a":1,"main_gpu":0}}', b'{"model":"m","options":{"main_gpu":1,"a":1}}'),
