@@ -36,6 +36,16 @@ def is_local_host(host_header: str) -> bool:
     return ip.is_loopback or ip.is_private or ip.is_unspecified
 
 
+def is_loopback(address: str) -> bool:
+    """Whether a client's ``address`` is this machine's own; no name and no header can claim that."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(ip, "ipv4_mapped", None)
+    return bool((mapped or ip).is_loopback)
+
+
 def is_local_origin(origin: str, also: Iterable[str] = ()) -> bool:
     """Whether ``Origin`` is a page of this machine, an application, or one of ``also`` (``*`` stands for anything)."""
     return any(

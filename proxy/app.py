@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -10,11 +11,11 @@ from importlib.metadata import version
 import httpx
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from planner.plan import make_plan
-from proxy.access import has_token, is_local_host, is_local_origin
+from proxy.access import has_token, is_local_host, is_local_origin, is_loopback
 from proxy.asgi import Application, Receive, Scope, Send
 from proxy.catalog import Catalog
 from proxy.endpoints import kind_of, parse_load_request
@@ -23,6 +24,9 @@ from proxy.failures import TEXT_LIMIT_BYTES, is_out_of_memory
 from proxy.forward import VIA, ClientRequest, Forwarder
 from proxy.gpus import GpuSource
 from proxy.jsonedit import JsonError
+from proxy.launch import BODY_LIMIT_BYTES as LAUNCH_LIMIT_BYTES
+from proxy.launches import Launches
+from proxy.launching import Launching
 from proxy.loading import MAX_TOKENS
 from proxy.ollama import Ollama
 from proxy.placement import Placements, Planner
@@ -32,6 +36,9 @@ from proxy.settings import Settings
 
 OWN_PATH = "/lopsided"
 """Everything under it is lopsided's, everything else Ollama's."""
+
+LAUNCH_PATH = OWN_PATH + "/launch"
+"""Where the launcher asks; docs/launcher.md says how."""
 
 BODY_LIMIT_BYTES = 256 * 2**20
 """Largest body that is read to learn which model it loads; a larger one passes as it is."""
@@ -114,8 +121,11 @@ class Proxy:
 
     def _refusal(self, scope: Scope) -> Reply | None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        if has_token(headers.get(b"authorization"), self.settings.token):
+        if b"authorization" in headers and has_token(headers[b"authorization"], self.settings.bearer):
             return None
+        client = scope.get("client")
+        if scope["path"] == LAUNCH_PATH and not (client and is_loopback(client[0])):
+            return error_reply(403, "a launcher on another machine or in another container needs LOPSIDED_TOKEN")
         host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
         if not is_local_host(host):
             return error_reply(403, f"the host {host!r} is not this machine; other hosts need LOPSIDED_TOKEN")
@@ -128,13 +138,18 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
     """The whole proxy. ``source`` is ``None`` where there are no GPUs to be planned for: then everything passes unchanged."""
     forwarder = Forwarder(settings.upstream)
     ollama = Ollama(forwarder.client)
+    catalog, launches = Catalog(forwarder.client), Launches(time.monotonic)
     placements = Placements(
         ollama=ollama,
-        catalog=Catalog(forwarder.client),
+        catalog=catalog,
         gpus=source,
         settings=settings,
         planner=planner,
         restarts=lambda: forwarder.transport.restarts,
+        launches=launches,
+    )
+    launching = Launching(
+        rig=placements.rig, catalog=catalog, ollama=ollama, settings=settings, launches=launches, planner=planner
     )
 
     @asynccontextmanager
@@ -142,6 +157,7 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         try:
             yield
         finally:
+            await launching.aclose()
             await forwarder.aclose()
 
     own = FastAPI(title="lopsided", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -173,13 +189,28 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         made, delivery = await placements.preview(model, num_ctx)
         return JSONResponse(plan_json(made, delivery))
 
+    @own.post(LAUNCH_PATH)
+    async def launch(request: Request) -> Response:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > LAUNCH_LIMIT_BYTES:
+                log.warning("a launch is left to Ollama: it has more than %d bytes", LAUNCH_LIMIT_BYTES)
+                return Response(status_code=204)
+        status, text = await launching.answer(bytes(body))
+        return Response(text, status_code=status, media_type="text/plain")
+
     @own.get("/lopsided/models")
     async def models() -> JSONResponse:
         loaded = {entry.digest: entry for entry in await ollama.loaded()}
         rows = []
         for in_force in placements.in_force():
             actual = loaded.get(in_force.digest)
-            predicted = in_force.plan.chosen.memory.devices if in_force.plan and in_force.delivery.options else ()
+            predicted = (
+                in_force.plan.chosen.memory.devices
+                if in_force.plan and (in_force.delivery.options or in_force.delivery.by_launcher)
+                else ()
+            )
             rows.append(
                 {
                     "model": in_force.model,

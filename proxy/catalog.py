@@ -12,6 +12,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -114,6 +115,17 @@ class Catalog:
         if isinstance(facts, str):
             raise ModelError(f"{name}: {facts}")
         return facts
+
+    async def facts_of_blob(self, blob: str) -> ModelFacts:
+        """What is known about a model whose weights are in the file named ``blob``. Raises as ``facts`` does."""
+        await self._shared("/api/tags", self._list)
+        known = {facts.digest for facts in self._facts.values() if not isinstance(facts, str) and Path(facts.blob).name == blob}
+        for entry in sorted(self._entries.values(), key=lambda entry: entry.digest not in known):
+            with suppress(ModelError):
+                facts = await self.facts(entry.name)
+                if Path(facts.blob).name == blob:
+                    return facts
+        raise ModelError(f"no model of Ollama's has its weights in {blob}")
 
     def forget(self) -> None:
         """Call after anything that may give a name another digest: pull, create, copy, delete."""

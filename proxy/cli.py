@@ -35,6 +35,7 @@ from proxy.gpus import GpuSource
 from proxy.gpus.nvml import NvmlSource
 from proxy.gpus.order import DeviceOrder
 from proxy.gpus.static import StaticSource
+from proxy.launcher import launcher_commands
 from proxy.loading import MAX_TOKENS
 from proxy.options import era_of
 from proxy.planjson import devices_json, launcher_arguments, plan_json
@@ -224,6 +225,7 @@ def demo(once: bool, era: Era, as_json: bool) -> None:
 
 
 main.add_command(estimate_command)
+main.add_command(launcher_commands)
 
 
 def gpu_source(settings: Settings, cards: tuple[str, ...] = ()) -> GpuSource:

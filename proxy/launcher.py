@@ -79,7 +79,7 @@ def install_command(given: Path | None, url: str | None, user: str | None) -> No
     environment = ollama_environment() or {}
     if problem := hidden_cards_problem(environment, _gpus()):
         raise LauncherError(problem)
-    done = install(library, url=url or settings.host.connectable().url, token=settings.token, user=user)
+    done = install(library, url=url or settings.host.connectable().url, token=settings.bearer, user=user)
     click.echo(f"The launcher is in place in {library}; it asks {done.url}.")
     for line in override_text(missing_variables(environment)):
         click.echo(line)

@@ -43,6 +43,8 @@ class Delivery:
     text: str
     options: Options = field(default_factory=dict)
     without: frozenset[str] = frozenset()
+    by_launcher: bool = False
+    """The launcher places the model, as the plan's ``chosen`` says or as it is then."""
 
 
 def stock(reason: str, *, without: frozenset[str] = frozenset()) -> Delivery:
@@ -100,6 +102,19 @@ def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
         shares = ",".join(str(share) for share in plan.chosen.placement.shares)
         return _delivery(f"{label}; {how}; by tensor_split, which stock Ollama ignores", {"tensor_split": shares})
     return stock(f"{how}; {label} takes the launcher", without=MAIN_GPU)
+
+
+def deliver_by_launcher(plan: Plan, *, spread: bool, tensor_split: bool) -> Delivery:
+    """How ``plan`` goes out where the launcher places each load: without options.
+
+    Where Ollama does not spread (``spread``), it hides the other GPUs from a load that it puts on one: such a plan still goes
+    out as ``main_gpu``.
+    """
+    if not spread and plan.chosen.placement.kind == "solo":
+        return deliver(plan, "llama-server", tensor_split=tensor_split)
+    how = "auto" if plan.request.boost is None else f"boost {plan.request.boost:g}"
+    text = f"{placement_text(plan.chosen.placement, plan.rig)}; {how}; by the launcher"
+    return Delivery(text=header_text(text), without=MAIN_GPU, by_launcher=True)
 
 
 def _deliver_layers(plan: Plan, how: str) -> Delivery:

@@ -14,20 +14,21 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.hardware import Rig
 from planner.plan import Plan, make_plan
 from planner.profile import ModelProfile
-from planner.request import PlanRequest
+from planner.request import Era, PlanRequest
 from proxy.catalog import Catalog, ModelFacts, full_name
 from proxy.endpoints import LoadRequest
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.static import StaticSource
+from proxy.launches import Launches, blob_name
 from proxy.loading import asked_context, freed, makes_room, plan_request, without_companions
 from proxy.ollama import Loaded, Ollama
-from proxy.options import MAIN_GPU, Delivery, deliver, own_wish, stock
+from proxy.options import MAIN_GPU, Delivery, deliver, deliver_by_launcher, own_wish, stock
 from proxy.settings import Settings
 
 PLAN_S = 10.0
@@ -106,6 +107,7 @@ class Placements:
         planner: Planner = make_plan,
         clock: Callable[[], float] = time.monotonic,
         restarts: Callable[[], int] = lambda: 0,
+        launches: Launches | None = None,
     ) -> None:
         self._ollama = ollama
         self._catalog = catalog
@@ -115,6 +117,7 @@ class Placements:
         self._planner = planner
         self._clock = clock
         self._restarts = restarts
+        self._launches = launches or Launches(clock)
         self._facts: OrderedDict[str, ModelFacts] = OrderedDict()
         self._slots: dict[str, _Slot] = {}
         self._failures: dict[tuple[str, int | None], _Failure] = {}
@@ -152,6 +155,8 @@ class Placements:
             slot.users -= 1
             if loaded and slot.current is in_force:
                 slot.seen_at = self._clock()
+            if loaded and not self._launches.answered(blob_name(in_force.blob)):
+                log.warning("%s was loaded past the launcher: plans go out as request options", in_force.model)
 
     async def after_failure(self, decision: Decision) -> Decision | None:
         """What to send instead, once ``decision`` has run out of memory; ``None`` where it was stock's own placement."""
@@ -190,7 +195,7 @@ class Placements:
         wanted = plan_request({"num_ctx": num_ctx}, facts, self._settings, era)
         loaded = await self._by_blob(await self._ollama.loaded())
         plan = await self._plan(facts, facts.blob or facts.digest, wanted, loaded)
-        return plan, deliver(plan, era, tensor_split=self._settings.tensor_split)
+        return plan, self._delivery(plan, era)
 
     def in_force(self) -> tuple[InForce, ...]:
         """Every placement that was decided and has not ended as far as is known."""
@@ -214,7 +219,7 @@ class Placements:
         if wish is not None:
             without = MAIN_GPU if request.options.get("main_gpu") == 0 else frozenset()
             return Decision(delivery=stock(wish, without=without))
-        if (self._v1_names or self._v1_blobs) and await self._is_on_v1(blob):
+        if not self._launches.places_all and (self._v1_names or self._v1_blobs) and await self._is_on_v1(blob):
             if (slot := self._slots.get(blob)) is not None:
                 slot.current = None
             return Decision(delivery=stock("seen on /v1", without=MAIN_GPU))
@@ -265,9 +270,9 @@ class Placements:
         current = slot.current
         unchanged = current if current is not None and current.num_ctx == num_ctx else None
         try:
-            loaded = await self._by_blob(await self._ollama.loaded())
+            loaded, known = await self._by_blob(await self._ollama.loaded()), True
         except UpstreamError:
-            loaded = {}
+            loaded, known = {}, False
             if unchanged:
                 return unchanged
         if unchanged and blob in loaded:
@@ -279,8 +284,11 @@ class Placements:
             plan, delivery = await self._new_plan(request, facts, blob, loaded, careful=careful)
             if failure and delivery.options == failure.delivery.options:
                 plan, careful, delivery = None, 2, stock("the same plan ran out of memory before", without=MAIN_GPU)
-        if plan and blob in loaded and current and current.plan and _context(plan) == _context(current.plan):
+        kept = current.plan if current and blob in loaded else None
+        if plan and kept and current and plan.chosen.settings.num_ctx == kept.chosen.settings.num_ctx:
             plan, delivery = current.plan, current.delivery  # the same context, asked for in other words: nothing to reload
+        if delivery.by_launcher and blob not in loaded and known:
+            self._launches.expect(blob_name(blob))
         log.info("%s: %s", full_name(request.model), delivery.text)
         return InForce(
             model=full_name(request.model),
@@ -300,6 +308,8 @@ class Placements:
             async with asyncio.timeout(PLAN_S / 2):
                 era = await self._ollama.era()
                 wanted = plan_request(request.options, facts, self._settings, era, careful=careful > 0)
+                if era == "llama-server" and self._launches.answering:
+                    wanted = replace(wanted, spread=False)
                 plan = await self._plan(facts, blob, wanted, loaded)
         except LopsidedError as error:
             reason = str(error)
@@ -309,9 +319,14 @@ class Placements:
             log.debug("planning failed", exc_info=error)
             reason = f"planning failed: {type(error).__name__}: {error}"
         else:
-            return plan, deliver(plan, era, tensor_split=self._settings.tensor_split)
+            return plan, self._delivery(plan, era)
         self._tell(f"{full_name(request.model)} passes unchanged: {reason}")
         return None, stock(reason)
+
+    def _delivery(self, plan: Plan, era: Era) -> Delivery:
+        if era == "llama-server" and self._launches.answering:
+            return deliver_by_launcher(plan, spread=self._launches.spread, tensor_split=self._settings.tensor_split)
+        return deliver(plan, era, tensor_split=self._settings.tensor_split)
 
     async def _plan(self, facts: ModelFacts, blob: str, request: PlanRequest, loaded: Mapping[str, Loaded]) -> Plan:
         """A plan on the GPUs as Ollama will find them: less this model, and less idle ones if it evicts those for it."""
@@ -380,9 +395,5 @@ def _held(placed: InForce | None) -> tuple[int, ...] | None:
     """Bytes on each GPU of a model that was placed so, ``None`` where that is not known."""
     if placed is None or placed.plan is None:
         return None
-    running = placed.plan.chosen_by_options
+    running = placed.plan.chosen if placed.delivery.by_launcher else placed.plan.chosen_by_options
     return tuple(device.total_bytes for device in running.memory.devices)
-
-
-def _context(plan: Plan) -> int:
-    return plan.chosen.settings.num_ctx

@@ -121,6 +121,12 @@ def _file(value: Any) -> Any:
     return path
 
 
+def _path(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        raise ValueError("the path of a file with the token in it")
+    return Path(value).expanduser()
+
+
 def _text(value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError("text")
@@ -162,6 +168,8 @@ class Settings(BaseSettings):
     """UUIDs or names of the GPUs in Ollama's order."""
     token: Annotated[str | None, BeforeValidator(_text)] = Field(None, validation_alias="LOPSIDED_TOKEN", repr=False)
     """Opens lopsided's own endpoints to other machines."""
+    token_file: Annotated[Path | None, BeforeValidator(_path)] = Field(None, validation_alias="LOPSIDED_TOKEN_FILE")
+    """Where the token stands, if ``token`` is not set: in a container, what docker/entrypoint of Ollama's wrote."""
     profile: Annotated[Path | None, BeforeValidator(_file)] = Field(None, validation_alias="LOPSIDED_PROFILE")
     """A TOML file that describes the GPUs, in place of NVML."""
     num_parallel: Count = Field(None, validation_alias="OLLAMA_NUM_PARALLEL")
@@ -183,6 +191,16 @@ class Settings(BaseSettings):
     def upstream(self) -> Address:
         """The Ollama behind the proxy: ``LOPSIDED_UPSTREAM``, else ``OLLAMA_HOST``, else 127.0.0.1:11434."""
         return self.own_upstream or self.ollama_host or Address()
+
+    @property
+    def bearer(self) -> str | None:
+        """The token in force: ``token``, else what ``token_file`` holds by now; ``None`` where there is none."""
+        if self.token is not None or self.token_file is None:
+            return self.token
+        try:
+            return self.token_file.read_text(encoding="utf-8").strip() or None
+        except (OSError, UnicodeDecodeError):
+            return None
 
     @model_validator(mode="before")
     @classmethod

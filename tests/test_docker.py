@@ -62,9 +62,30 @@ def test_lopsided_sees_the_gpus_through_nvml_and_ollama_computes_on_them(service
 
 def test_the_models_are_shared_read_only_under_one_path(services):
     path = services["ollama"]["environment"]["OLLAMA_MODELS"]
-    assert services["ollama"]["volumes"] == [f"models:{path}"]
-    assert services["lopsided"]["volumes"] == [f"models:{path}:ro"]
+    assert f"models:{path}" in services["ollama"]["volumes"]
+    assert f"models:{path}:ro" in services["lopsided"]["volumes"]
     assert "models" in compose()["volumes"]
+
+
+def test_ollama_starts_by_the_entrypoint_with_the_launcher_beside_it(services):
+    ollama = services["ollama"]
+    mounts = {parts[1]: parts[0] for parts in (volume.split(":") for volume in ollama["volumes"])}
+    assert ollama["entrypoint"] == ["sh", "/opt/lopsided/entrypoint"]
+    assert ollama["command"] == ["serve"]
+    for name in ("entrypoint", "llama-server"):
+        assert (ROOT / "docker" / mounts[f"/opt/lopsided/{name}"]).is_file()
+    assert ollama["environment"]["OLLAMA_SCHED_SPREAD"] == 1
+    assert ollama["environment"]["LOPSIDED_URL"] == f"http://lopsided:{services['lopsided']['ports'][0].rpartition(':')[2]}"
+
+
+def test_both_containers_have_one_token_in_one_file_that_ollamas_makes(services):
+    file = Path(services["ollama"]["environment"]["LOPSIDED_TOKEN_FILE"])
+    assert services["lopsided"]["environment"]["LOPSIDED_TOKEN_FILE"] == str(file)
+    assert f"token:{file.parent}" in services["ollama"]["volumes"]
+    assert f"token:{file.parent}:ro" in services["lopsided"]["volumes"]
+    assert "token" in compose()["volumes"]
+    given = compose(LOPSIDED_TOKEN="mine")["services"]
+    assert {service["environment"]["LOPSIDED_TOKEN"] for service in given.values()} == {"mine"}
 
 
 def test_lopsided_waits_for_a_healthy_ollama_and_runs_with_few_rights(services):

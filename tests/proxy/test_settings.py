@@ -196,3 +196,14 @@ def test_variables_that_mean_something_else_are_not_read(monkeypatch):
     monkeypatch.setenv("host", "1.2.3.4:5")
     monkeypatch.setenv("profile", "missing")
     assert load_settings() == Settings()
+
+
+def test_the_token_may_stand_in_a_file_that_comes_later(monkeypatch, tmp_path):
+    file = tmp_path / "token"
+    monkeypatch.setenv("LOPSIDED_TOKEN_FILE", str(file))
+    settings = load_settings()
+    assert settings.bearer is None
+    file.write_text("from the file\n")
+    assert settings.bearer == "from the file"
+    monkeypatch.setenv("LOPSIDED_TOKEN", "own")
+    assert load_settings().bearer == "own"

@@ -1,0 +1,134 @@
+"""What is known of the loads that the launcher asked about: which failed, and whether the launcher still answers.
+
+Ollama says of a failed load nothing but that it tries again. So a model that is launched anew before ``/api/ps`` has shown it
+loaded counts as failed, whatever its context and batch are now (Ollama retries with smaller ones). Pure but for the clock.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+T = TypeVar("T")
+
+FAILURE_KEPT_S = 3600.0
+"""Seconds for which a failed load is remembered: until then the model gets the more careful answer at once."""
+
+PENDING_S = 900.0
+"""Seconds after which a load that was never seen to end is forgotten; the largest models take minutes from a slow disk."""
+
+BLOBS_KEPT = 1024
+"""Models remembered of each kind."""
+
+MOST_CAREFUL = 2
+"""0 is the plan, 1 the plan with a wider margin, 2 what stock Ollama would do."""
+
+
+def blob_name(path: str) -> str:
+    """A blob's name whether a launch, ``/api/show`` or a digest gives it: ``sha256-…``."""
+    return PurePosixPath(path).name.replace(":", "-")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Given:
+    answer: object
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Failure:
+    careful: int
+    answer: object
+    at: float
+
+
+class Launches:
+    """Answers that went out, and what became of them. ``clock`` is monotonic, in seconds; blobs are named by ``blob_name``."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._pending: OrderedDict[str, _Given] = OrderedDict()
+        self._failures: OrderedDict[str, _Failure] = OrderedDict()
+        self._expected: OrderedDict[str, None] = OrderedDict()
+        self.answering = False
+        """The launcher has asked, and no load went past it since."""
+        self.spread = False
+        """Ollama leaves every GPU visible to each load (``OLLAMA_SCHED_SPREAD``), so that the launcher alone can place it."""
+
+    @property
+    def places_all(self) -> bool:
+        """Every load is placed by the launcher, so that no request needs options."""
+        return self.answering and self.spread
+
+    # What the launcher does
+
+    def asked(self, blob: str, *, spread: bool) -> None:
+        """The launcher asks for ``blob``."""
+        self.answering, self.spread = True, spread
+        self._expected.pop(blob, None)
+
+    def careful(self, blob: str) -> int:
+        """How careful the answer for ``blob`` must be; the one before has failed if it is still open."""
+        now = self._clock()
+        open_answer = self._pending.pop(blob, None)
+        failure = self._failures.get(blob)
+        if failure and now - failure.at > FAILURE_KEPT_S:
+            failure = None
+            del self._failures[blob]
+        before = failure.careful if failure else 0
+        if open_answer is None or now - open_answer.at > PENDING_S:
+            return before
+        return self._failed(blob, before + 1, open_answer.answer)
+
+    def given(self, blob: str, answer: object) -> None:
+        """``answer`` went out for ``blob``: from now on it is open whether that loads."""
+        _put(self._pending, blob, _Given(answer=answer, at=self._clock()))
+
+    def has_failed(self, blob: str, answer: object) -> bool:
+        """Whether this very answer is the one that failed last."""
+        failure = self._failures.get(blob)
+        return failure is not None and failure.answer == answer
+
+    def give_up(self, blob: str, answer: object) -> int:
+        """``answer`` would fail as it did before: only stock is left."""
+        return self._failed(blob, MOST_CAREFUL, answer)
+
+    # What Ollama says
+
+    @property
+    def pending(self) -> Collection[str]:
+        """Models whose load is still open."""
+        now = self._clock()
+        return [blob for blob, given in self._pending.items() if now - given.at <= PENDING_S]
+
+    def loaded(self, blob: str) -> None:
+        """``/api/ps`` shows ``blob``, or a request for it was answered: its load went well."""
+        self._pending.pop(blob, None)
+
+    def expect(self, blob: str) -> None:
+        """A request is about to load ``blob``, and counts on the launcher to place it."""
+        _put(self._expected, blob, None)
+
+    def answered(self, blob: str) -> bool:
+        """A request for ``blob`` was answered. False where its load was expected here and went past the launcher."""
+        self.loaded(blob)
+        if blob not in self._expected:
+            return True
+        self._expected.clear()
+        self.answering = False
+        return False
+
+    def _failed(self, blob: str, careful: int, answer: object) -> int:
+        careful = min(careful, MOST_CAREFUL)
+        _put(self._failures, blob, _Failure(careful=careful, answer=answer, at=self._clock()))
+        return careful
+
+
+def _put(kept: OrderedDict[str, T], blob: str, value: T) -> None:
+    kept[blob] = value
+    kept.move_to_end(blob)
+    while len(kept) > BLOBS_KEPT:
+        kept.popitem(last=False)

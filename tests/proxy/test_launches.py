@@ -1,0 +1,92 @@
+"""Which launches count as failed, how careful the next answer is, and when the launcher counts as gone."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.launches import FAILURE_KEPT_S, PENDING_S, Launches, blob_name
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def launches(clock) -> Launches:
+    return Launches(clock)
+
+
+def launch(launches: Launches, blob: str, answer: object = "arguments") -> int:
+    careful = launches.careful(blob)
+    launches.given(blob, answer)
+    return careful
+
+
+def test_a_model_launched_again_before_it_was_loaded_gets_the_wider_plan_then_stock(launches):
+    assert [launch(launches, "a") for _ in range(4)] == [0, 1, 2, 2]
+    assert launch(launches, "b") == 0
+
+
+def test_a_model_that_was_seen_loaded_has_not_failed(launches):
+    for _ in range(3):
+        assert launch(launches, "a") == 0
+        assert list(launches.pending) == ["a"]
+        launches.loaded("a")
+        assert not launches.pending
+
+
+def test_a_failure_is_remembered_although_the_next_answer_loads_and_forgotten_after_a_while(launches, clock):
+    launch(launches, "a")
+    assert launch(launches, "a") == 1
+    launches.loaded("a")
+    assert launch(launches, "a") == 1
+    launches.loaded("a")
+    clock.now += FAILURE_KEPT_S + 1
+    assert launch(launches, "a") == 0
+
+
+def test_a_load_whose_end_nobody_saw_counts_for_nothing_after_a_while(launches, clock):
+    launch(launches, "a")
+    clock.now += PENDING_S + 1
+    assert not launches.pending
+    assert launch(launches, "a") == 0
+
+
+def test_stocks_own_arguments_cannot_fail(launches):
+    assert [launches.careful("a") for _ in range(3)] == [0, 0, 0]
+
+
+def test_the_answer_that_failed_is_known_and_given_up(launches):
+    launch(launches, "a", "x")
+    assert launches.careful("a") == 1
+    assert launches.has_failed("a", "x")
+    assert not launches.has_failed("a", "y")
+    launches.give_up("a", "x")
+    assert launches.careful("a") == 2
+
+
+def test_the_launcher_answers_from_its_first_question_until_a_load_goes_past_it(launches):
+    assert not launches.answering
+    launches.asked("a", spread=True)
+    assert (launches.answering, launches.spread) == (True, True)
+    launches.expect("b")
+    launches.asked("b", spread=True)
+    assert launches.answered("b")
+    launches.expect("c")
+    assert not launches.answered("c")
+    assert not launches.answering
+    launches.asked("d", spread=False)
+    assert (launches.answering, launches.spread) == (True, False)
+
+
+def test_a_blob_has_one_name_however_it_is_written():
+    digest = "ab" * 32
+    assert blob_name(f"sha256:{digest}") == blob_name(f"/models/blobs/sha256-{digest}") == f"sha256-{digest}"
