@@ -10,7 +10,8 @@
 * ``speed``: the tokens per second of a placement, from the cards' data or learned rates (``Calibration``).
 * ``fit`` and ``autofit``: how Ollama's two eras split layers; ``stock``: what stock Ollama does with a request.
 * ``power``, ``costs``, ``balance``, ``contiguous``, ``layout``: the boost algorithm.
-* ``request``, ``search``, ``plan``, ``reasons``: the question, the candidates, the answer, and why.
+* ``request``, ``search``, ``plan``, ``reasons``: the question, the candidates, the answer, and why. ``frontier``: the context
+  that each kind of placement has room for.
 """
 
 from planner.hardware import Gpu, Host, Rig

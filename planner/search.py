@@ -134,16 +134,17 @@ class Search:
 
     def solos(self, least_batch: int) -> list[Candidate]:
         """The model on each GPU alone, with at least stock's batch where that fits too."""
-        found = []
-        for gpu, name in enumerate(gpu_names(self.rig)):
-            placement = solo(gpu, n_gpus=len(self.rig.gpus), n_layers=self.profile.n_layers)
-            settings = settings_on(self.profile, self.rig, self.request, (gpu,))
-            candidate = self.candidate(f"all on {name}", placement, settings)
-            if settings.batch < least_batch and self.request.num_batch is None:
-                larger = self.candidate(candidate.label, placement, replace(settings, batch=least_batch, ubatch=least_batch))
-                candidate = larger if self.holds(larger) else candidate
-            found.append(candidate)
-        return found
+        return [self.alone(gpu, least_batch) for gpu in range(len(self.rig.gpus))]
+
+    def alone(self, gpu: int, least_batch: int = 0) -> Candidate:
+        """The model on ``gpu`` alone, with Ollama's batch there, or ``least_batch`` where that is larger and fits."""
+        placement = solo(gpu, n_gpus=len(self.rig.gpus), n_layers=self.profile.n_layers)
+        settings = settings_on(self.profile, self.rig, self.request, (gpu,))
+        candidate = self.candidate(f"all on {gpu_names(self.rig)[gpu]}", placement, settings)
+        if settings.batch >= least_batch or self.request.num_batch is not None:
+            return candidate
+        larger = self.candidate(candidate.label, placement, replace(settings, batch=least_batch, ubatch=least_batch))
+        return larger if self.holds(larger) else candidate
 
     def boosted(self, gpus: Sequence[int], settings: LoadSettings, boosts: Iterable[float] = BOOSTS) -> Iterator[Candidate]:
         """The boost algorithm's layouts on ``gpus``, with the memory model's reserve in place of its own."""
