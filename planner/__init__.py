@@ -7,7 +7,8 @@
   ``ModelProfile`` the bytes of each layer, ``LoadSettings`` context, batch, cache types, a ``Placement`` the GPU of each layer.
 * ``memory``: the bytes that a placement takes on each device (its parts: ``cache``, ``compute``, ``graph``, ``tape``,
   ``allocator``, ``families``, ``quantization``); ``sizes`` answers the same for a search, in microseconds.
-* ``speed``: the tokens per second of a placement, from the cards' data or learned rates (``Calibration``).
+* ``speed``: the tokens per second of a placement, from the cards' data or learned rates (``Calibration``); ``observation`` and
+  ``calibration`` learn them from answers.
 * ``fit`` and ``autofit``: how Ollama's two eras split layers; ``stock``: what stock Ollama does with a request.
 * ``power``, ``costs``, ``balance``, ``contiguous``, ``layout``: the boost algorithm.
 * ``request``, ``search``, ``plan``, ``reasons``: the question, the candidates, the answer, and why. ``frontier``: the context

@@ -79,7 +79,7 @@ class Search:
         self.rig = rig
         self.request = request
         self.rates = tuple(gpu_rates(gpu, request.calibration) for gpu in rig.gpus)
-        self.host = host_rates(rig.host)
+        self.host = host_rates(rig.host, request.calibration)
         self.limits = tuple(max(gpu.free_bytes - request.margin_bytes - request.gpu_overhead_bytes, 0) for gpu in rig.gpus)
         self._runtime = (request.runtime_bytes,) * len(rig.gpus)
         self._sizes: dict[LoadSettings, Sizes] = {}

@@ -89,7 +89,11 @@ CONTEXT_TOKENS = 4096
 PROMPT_TOKENS = 2048
 """Tokens of the prompt by which prefill is rated; also the length of the measured rows."""
 
-Source = Literal["calibrated", "card", "generation"]
+HOST = "host"
+"""What a ``Calibration`` calls the CPU with its RAM, in place of a UUID."""
+
+Source = Literal["calibrated", "inferred", "card", "generation"]
+"""Measured on the device itself; carried over from what others turned out to be; from the card's data; from its generation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,9 +108,21 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Rates learned from real answers: ``(effective bytes/s, prefill FLOP/s)`` by GPU UUID; others keep the predicted ones."""
+    """Rates learned from real answers: ``(effective bytes/s, prefill FLOP/s)`` by GPU UUID, of the CPU by ``HOST``.
+
+    ``inferred`` are those of devices that were not measured, as far as the measured ones tell; all others keep the predicted.
+    """
 
     rates: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    inferred: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def apply(self, device: str, rates: Rates) -> Rates:
+        """``rates`` as predicted, or what is known better of ``device``."""
+        known = self.rates.get(device) or self.inferred.get(device)
+        if known is None:
+            return rates
+        source: Source = "calibrated" if device in self.rates else "inferred"
+        return replace(rates, decode_bytes_per_s=known[0], prefill_flops_per_s=known[1], source=source)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,10 +156,16 @@ class Work:
 
 def model_work(profile: ModelProfile, settings: LoadSettings) -> Work:
     """The work of ``profile`` with ``CONTEXT_TOKENS`` in the context (fewer where it is smaller); kept with the profile."""
-    used = replace(settings, num_ctx=min(settings.num_ctx, CONTEXT_TOKENS), parallel=1, batch=1, ubatch=1)
-    key = ("work", used)
+    key = ("work", replace(settings, num_ctx=min(settings.num_ctx, CONTEXT_TOKENS), parallel=1, batch=1, ubatch=1))
     if (known := profile.memo.get(key)) is not None:
         return known  # type: ignore[no-any-return]
+    work = profile.memo[key] = work_at(profile, settings, CONTEXT_TOKENS)
+    return work
+
+
+def work_at(profile: ModelProfile, settings: LoadSettings, context_tokens: int) -> Work:
+    """The work of ``profile`` with ``context_tokens`` in the context (fewer where it is smaller)."""
+    used = replace(settings, num_ctx=min(settings.num_ctx, context_tokens), parallel=1, batch=1, ubatch=1)
     share = profile.experts_used / profile.expert_count if profile.expert_count else 1.0
     caches = cache_bytes(profile, used)
     experts = tuple(layer.expert_bytes * share for layer in profile.layers)
@@ -154,7 +176,7 @@ def model_work(profile: ModelProfile, settings: LoadSettings) -> Work:
     elements = [_elements(tensors, share) for tensors in profile.layer_tensors]
     flops = tuple(2.0 * (dense + expert) for dense, expert in elements)
     weights = tuple(layer.weights_bytes for layer in profile.layers)
-    work = Work(
+    return Work(
         layer_bytes=layer_bytes,
         expert_bytes=experts,
         output_bytes=profile.output_bytes,
@@ -166,8 +188,6 @@ def model_work(profile: ModelProfile, settings: LoadSettings) -> Work:
         flops_prefix=(0.0, *accumulate(flops)),
         weights_prefix=(0, *accumulate(weights)),
     )
-    profile.memo[key] = work
-    return work
 
 
 def _elements(tensors: Mapping[str, Tensor], share: float) -> tuple[float, float]:
@@ -184,27 +204,26 @@ def _elements(tensors: Mapping[str, Tensor], share: float) -> tuple[float, float
 
 
 def gpu_rates(gpu: Gpu, calibration: Calibration | None = None) -> Rates:
-    """Rates of one GPU: learned, else by its data, else by its generation."""
+    """Rates of one GPU: learned, else inferred, else by its data, else by its generation."""
     capability = gpu.compute_capability or (0, 0)
     generation, width = gpu.pcie_generation or UNKNOWN_PCIE[0], gpu.pcie_width or UNKNOWN_PCIE[1]
     pcie = PCIE_LANE_BYTES_PER_S * width * 2.0 ** (generation - 3)
-    if calibration and gpu.uuid in calibration.rates:
-        decode, prefill = calibration.rates[gpu.uuid]
-        return Rates(decode_bytes_per_s=decode, prefill_flops_per_s=prefill, pcie_bytes_per_s=pcie, source="calibrated")
     bandwidth = gpu.bandwidth_bytes_per_s or _by_generation(UNKNOWN_BANDWIDTH, capability, LOWEST_BANDWIDTH)
     cycles = gpu.sm_count * gpu.clock_mhz * 1e6 if gpu.sm_count and gpu.clock_mhz else UNKNOWN_SM_CYCLES_PER_S
-    return Rates(
+    predicted = Rates(
         decode_bytes_per_s=bandwidth * GPU_EFFICIENCY,
         prefill_flops_per_s=cycles * _by_generation(FLOPS_PER_SM_CYCLE, capability, LOWEST_FLOPS_PER_SM_CYCLE),
         pcie_bytes_per_s=pcie,
         source="card" if gpu.bandwidth_bytes_per_s else "generation",
     )
+    return calibration.apply(gpu.uuid, predicted) if calibration else predicted
 
 
-def host_rates(host: Host) -> Rates:
-    """Rates of the CPU with its RAM."""
+def host_rates(host: Host, calibration: Calibration | None = None) -> Rates:
+    """Rates of the CPU with its RAM: learned, else by its data."""
     bandwidth = host.bandwidth_bytes_per_s or HOST_BANDWIDTH_BYTES_PER_S
-    return Rates(decode_bytes_per_s=bandwidth * HOST_EFFICIENCY, prefill_flops_per_s=HOST_FLOPS_PER_S)
+    predicted = Rates(decode_bytes_per_s=bandwidth * HOST_EFFICIENCY, prefill_flops_per_s=HOST_FLOPS_PER_S)
+    return calibration.apply(HOST, predicted) if calibration else predicted
 
 
 def _by_generation(table: tuple[tuple[tuple[int, int], float], ...], capability: tuple[int, int], lowest: float) -> float:
@@ -217,7 +236,7 @@ def predict_speed(
     """Decode and prefill of ``placement`` on ``rig``."""
     work = model_work(profile, settings)
     rates = tuple(gpu_rates(gpu, calibration) for gpu in rig.gpus)
-    host = host_rates(rig.host)
+    host = host_rates(rig.host, calibration)
     return Speed(
         decode_tokens_per_s=1 / decode_seconds(work, placement, rates, host),
         prefill_tokens_per_s=PROMPT_TOKENS / prefill_seconds(work, placement, rates, host, ubatch=settings.ubatch),
