@@ -127,6 +127,23 @@ def _path(value: Any) -> Any:
     return Path(value).expanduser()
 
 
+def _folder(value: Any) -> Any:
+    if not isinstance(value, str | Path | None) or (isinstance(value, str) and "\0" in value):
+        raise ValueError("the path of a folder to keep state in, or off")
+    return None if value is None or str(value).lower() == "off" else Path(value).expanduser()
+
+
+def _state_folder() -> Path | None:
+    """Where programs keep state by the XDG base directory specification; ``None`` for a user without a home."""
+    base = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not base.is_absolute():  # the specification says to ignore such a value
+        try:
+            base = Path.home() / ".local" / "state"
+        except RuntimeError:
+            return None
+    return base / "lopsided"
+
+
 def _text(value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError("text")
@@ -170,6 +187,10 @@ class Settings(BaseSettings):
     """Opens lopsided's own endpoints to other machines."""
     token_file: Annotated[Path | None, BeforeValidator(_path)] = Field(None, validation_alias="LOPSIDED_TOKEN_FILE")
     """Where the token stands, if ``token`` is not set: in a container, what docker/entrypoint of Ollama's wrote."""
+    state: Annotated[Path | None, BeforeValidator(_folder)] = Field(
+        default_factory=_state_folder, validation_alias="LOPSIDED_STATE"
+    )
+    """The folder of what outlives the proxy (placements in force, …); ``None`` keeps nothing."""
     profile: Annotated[Path | None, BeforeValidator(_file)] = Field(None, validation_alias="LOPSIDED_PROFILE")
     """A TOML file that describes the GPUs, in place of NVML."""
     num_parallel: Count = Field(None, validation_alias="OLLAMA_NUM_PARALLEL")

@@ -1,10 +1,19 @@
 """What tests of several folders share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import smollm2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_of_tests_stays_with_them(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever keeps state, in this process or one that it starts, keeps it out of the user's own folder."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")

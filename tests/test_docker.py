@@ -93,6 +93,15 @@ def test_lopsided_waits_for_a_healthy_ollama_and_runs_with_few_rights(services):
     assert services["ollama"]["healthcheck"]["test"][0] == "CMD"
     assert services["lopsided"]["read_only"] is True
     assert services["lopsided"]["cap_drop"] == ["ALL"]
+    assert services["lopsided"]["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_state_outlives_the_container_in_a_volume_that_the_user_of_the_image_owns(services):
+    folder = re.search(r"LOPSIDED_STATE=(\S+)", DOCKERFILE)[1]
+    assert f"state:{folder}" in services["lopsided"]["volumes"]
+    assert "state" in compose()["volumes"]
+    user, group = re.search(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE).groups()
+    assert re.search(rf"install --directory --owner={user} --group={group} .*{re.escape(folder)}$", DOCKERFILE, re.MULTILINE)
 
 
 def test_compose_builds_the_image_from_the_repositorys_root(services):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -207,3 +208,25 @@ def test_the_token_may_stand_in_a_file_that_comes_later(monkeypatch, tmp_path):
     assert settings.bearer == "from the file"
     monkeypatch.setenv("LOPSIDED_TOKEN", "own")
     assert load_settings().bearer == "own"
+
+
+def test_state_is_kept_where_programs_keep_it_unless_another_folder_or_none_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert load_settings().state == tmp_path / "lopsided"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_settings().state == Path("/home/me/.local/state/lopsided")
+    monkeypatch.setenv("LOPSIDED_STATE", "/var/lib/lopsided")
+    assert load_settings().state == Path("/var/lib/lopsided")
+    monkeypatch.setenv("LOPSIDED_STATE", "OFF")
+    assert load_settings().state is None
+
+
+def test_a_user_without_a_home_keeps_no_state(monkeypatch):
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert load_settings().state is None

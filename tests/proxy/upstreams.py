@@ -167,7 +167,9 @@ def upstream(script: Script) -> Iterator[RawUpstream]:
 def proxy_before(url: str, *, source: Any = None, planner: Any = None, **settings: Any) -> Iterator[str]:
     """The proxy, served as the command line serves it, in front of ``url``."""
     more = {"planner": planner} if planner else {}
-    app = create_app(load_settings(host="127.0.0.1:11435", upstream=url, **settings), source=source, **more)
+    app = create_app(
+        load_settings(**{"host": "127.0.0.1:11435", "upstream": url, "state": "off", **settings}), source=source, **more
+    )
     with serve(app, **{**uvicorn_options(), "timeout_graceful_shutdown": 1}) as base_url:
         yield base_url
 
