@@ -8,7 +8,9 @@ import pytest
 
 from planner.hardware import Host
 from planner.placement import Placement, on_cpu, solo
+from planner.plan import make_plan
 from planner.profile import ModelProfile
+from planner.request import PlanRequest
 from planner.settings import LoadSettings
 from planner.speed import (
     GPU_EFFICIENCY,
@@ -93,6 +95,31 @@ def test_the_measured_splits_are_ranked_as_measured() -> None:
     for table in tables:
         for (slower, low), (faster, high) in pairwise(sorted(table, key=lambda row: row[0])):
             assert faster < slower * 1.03 or high.decode_tokens_per_s > low.decode_tokens_per_s
+
+
+@pytest.mark.parametrize("free_mib", range(28_000, 39_000, 2000))
+def test_a_70b_split_that_was_not_measured_lies_between_its_measured_neighbours(free_mib: int) -> None:
+    """Whatever the fast card has free: it fits, and runs between the rows beside it (the sum's 4 % allowed)."""
+    profile = models.quantized("llama3.3-70b-q4km", "q4_0")
+    cards = models.rig(models.gpu("fast", free_mib, gb_per_s=4800), models.gpu("slow", 30_000, gb_per_s=4800))
+    rates = calibrated(profile, (52.5, 1407), (15.0, 236))
+    chosen = make_plan(profile, cards, PlanRequest(num_ctx=4096, calibration=rates)).chosen
+    share = chosen.placement.shares[0] / 81
+    rows = [(int(shares.split(",")[0]) / 100, decode) for shares, (decode, _) in MEASURED_70B.items()] + [(1.0, 52.5)]
+    below, above = max(row for row in rows if row[0] <= share), min(row for row in rows if row[0] > share)
+    assert chosen.fits
+    assert below[1] * 0.96 <= chosen.decode_tokens_per_s <= above[1] * 1.04
+
+
+def test_a_32b_split_that_was_not_measured_lies_between_its_measured_neighbours() -> None:
+    """Case B, 14336 MiB free on each: 46 layers on the fast card ran at 77.0 tok/s, 48 ran out of memory."""
+    profile = models.quantized("qwen2.5-32b-q4km", "q4_0")
+    cards = models.rig(*(models.gpu(name, 14_336, gb_per_s=4800) for name in ("fast", "slow")))
+    rates = calibrated(profile, (86.9, 2740), (61.0, 1560))
+    chosen = make_plan(profile, cards, PlanRequest(num_ctx=4096, calibration=rates)).chosen
+    assert chosen.fits
+    assert (chosen.placement.output_gpu, chosen.placement.shares) == (0, (47, 18))
+    assert 77.0 <= chosen.decode_tokens_per_s <= 86.9
 
 
 def test_two_equal_gpus_overlap_their_prefill_as_measured() -> None:

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from planner.autofit import FIT_MARGIN_BYTES, Fit, auto_fit, split_by_memory
+from planner.autofit import FIT_MARGIN_BYTES, Fit, auto_fit, contiguous, split_by_memory
+from planner.hardware import Host
+from planner.plan import make_plan
 from planner.request import PlanRequest
 from planner.settings import LoadSettings
 from planner.sizes import Sizes
+from planner.speed import predict_speed
 from planner.stock import (
     automatic_batch,
     default_num_ctx,
@@ -23,6 +26,7 @@ from planner.stock import (
     stock_load,
 )
 from planner.units import GIB, MIB
+from proxy.gpus.static import StaticSource
 from tests.planner import models
 from tests.planner.models import gpu, rig, rtx3090, rtx5090
 
@@ -32,7 +36,10 @@ H200_MIB = 143_000
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """Rows of a measurement; ``layers`` counts the output layer, ``None`` is the default split."""
+    """Rows of a measurement; ``layers`` counts the output layer, ``None`` is the default split.
+
+    ``cpu_experts`` of the two measured tables are the layers all of whose routed experts went to RAM.
+    """
     result: list[dict[str, Any]] = json.loads((DATA / f"{name}.json").read_text())
     return result
 
@@ -63,10 +70,10 @@ def test_the_fit_is_llama_cpps_own_on_16_models_and_9_rigs() -> None:
     assert sum(layers <= 1 for layers in found) >= 421
 
 
-def measured_difference(row: dict[str, Any], taken_mib: int) -> int:
-    """The row's fit where other programs have ``taken_mib`` of each card."""
+def measured_difference(row: dict[str, Any], *taken_mib: int) -> int:
+    """The row's fit where other programs have ``taken_mib`` of the two cards."""
     free = [H200_MIB * MIB] * 2
-    margins = [(H200_MIB - usable + taken_mib) * MIB for usable in row["usable_mib"]]
+    margins = [(H200_MIB - usable + taken) * MIB for usable, taken in zip(row["usable_mib"], taken_mib, strict=True)]
     return difference(row, fitted(row, free, margins), split_by_memory(models.header(row["model"]).n_layers + 1, free))
 
 
@@ -76,15 +83,41 @@ def test_each_measured_fit_is_explained_by_memory_that_others_had_taken() -> Non
     Each row may find its own amount up to 6 GiB; both devices' layers must then be within one of the row's.
     """
     measured = rows("stock_fit") + rows("stock_fit_b10488")
-    found = [any(measured_difference(row, taken) <= 1 for taken in range(0, 6001, 300)) for row in measured]
+    found = [any(measured_difference(row, taken, taken) <= 1 for taken in range(0, 6001, 300)) for row in measured]
     assert len(found) == 108
     assert sum(found) >= 103  # 95 %
 
 
-@pytest.mark.parametrize(("name", "taken_mib", "least"), [("stock_fit", 2400, 63), ("stock_fit_b10488", 5000, 32)])
-def test_most_measured_fits_are_met_with_one_amount_for_all(name: str, taken_mib: int, least: int) -> None:
-    """With one amount for all rows of a measurement llama.cpp's own code meets 64 of 72 and 33 of 36 (± 1 layer)."""
-    assert sum(measured_difference(row, taken_mib) <= 1 for row in rows(name)) >= least
+@pytest.mark.parametrize(("name", "taken_mib", "met"), [("stock_fit", (2400, 1900), 66), ("stock_fit_b10488", (4500, 4900), 34)])
+def test_100_of_the_108_measured_fits_are_met_with_one_amount_a_card(name: str, taken_mib: tuple[int, int], met: int) -> None:
+    """Four numbers for all rows, ± 1 layer (docs/placement.md says why the other eight can't be met so)."""
+    assert sum(measured_difference(row, *taken_mib) <= 1 for row in rows(name)) >= met
+
+
+PAIRS = {
+    (31500, 23700): ("RTX 5090", "RTX 3090"),
+    (23700, 11800): ("RTX 4090", "RTX 3060 12GB"),
+    (15700, 23900): ("RTX 5070 Ti 16GB", "Tesla P40"),
+    (23700, 7700): ("RTX 3090", "RTX 4060 8GB"),
+}
+"""The cards that the measured rows' sizes stand for."""
+
+
+@pytest.mark.parametrize("name", ["stock_fit", "stock_fit_b10488"])
+def test_a_plan_is_never_predicted_slower_than_a_measured_fit_and_fits(name: str) -> None:
+    """On the cards that each of the 108 rows stands for, with so much free as the row says that ``--fit`` might use."""
+    for row in rows(name):
+        profile = models.header(row["model"])
+        cards = zip(PAIRS[tuple(row["usable_mib"])], row["usable_mib"], strict=True)  # type: ignore[index]
+        machine = StaticSource.from_arguments([f"{card}:{mib}MiB" for card, mib in cards]).rig()
+        machine = replace(machine, host=Host(total_bytes=256 * GIB, free_bytes=256 * GIB))
+        request = PlanRequest(num_ctx=row["ctx"], num_batch=512)
+        plan = make_plan(profile, machine, request)
+        counts = row["layers"] or split_by_memory(profile.n_layers + 1, [1, 1])
+        measured = contiguous(counts, profile.n_layers, frozenset(row.get("cpu_experts", ())))
+        speed = predict_speed(profile, machine, plan.chosen.settings, measured)
+        assert plan.chosen.fits, row
+        assert plan.chosen.decode_tokens_per_s >= speed.decode_tokens_per_s, row
 
 
 def test_the_default_split_follows_the_free_memory() -> None:
