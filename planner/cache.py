@@ -109,7 +109,7 @@ def is_recurrent(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
-    """What each repeating layer keeps; computed once a profile."""
+    """What each repeating layer keeps, one object for equal ones; computed once a profile."""
     found: tuple[LayerCache, ...] | None = profile.memo.get("layer_caches")
     if found is None:
         found = profile.memo["layer_caches"] = _layer_caches(profile)
@@ -132,33 +132,34 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
     shared = profile.integer("attention.shared_kv_layers")
     owners = profile.n_layers - shared if shared else family.cached_layers or profile.n_layers
     state = _state_elements(profile)
-    rows: list[LayerCache] = []
-    alike: dict[LayerCache, LayerCache] = {}
-    for i, tensors in enumerate(profile.layer_tensors):
-        computed = i < profile.n_computed_layers
-        recurrent = is_recurrent(tensors)
-        attends = bool(heads_kv[i]) and (not recurrent or "attention_and_state" in family.features or unknown)
-        owns = attends and i < owners and (computed or family.nextn_cached) and not {"encoder", "no_cache"} & family.features
-        row = LayerCache(
-            windowed=windowed[i],
-            key_elements=heads_kv[i] * (key_window if windowed[i] else key),
-            value_elements=0 if is_mla else heads_kv[i] * (value_window if windowed[i] else value),
+    has_cache = not {"encoder", "no_cache"} & family.features
+    recurrent_kinds = {kind for kind in set(profile.tensor_kinds) if is_recurrent(profile.layer_tensors[kind])}
+    known_rows: dict[tuple[bool, bool, bool, bool, int], LayerCache] = {}
+
+    def row(windowed: bool, recurrent: bool, computed: bool, owner: bool, heads: int) -> LayerCache:
+        attends = bool(heads) and (not recurrent or "attention_and_state" in family.features or unknown)
+        return LayerCache(
+            windowed=windowed,
+            key_elements=heads * (key_window if windowed else key),
+            value_elements=0 if is_mla else heads * (value_window if windowed else value),
             indexer_elements=indexer,
             state_elements=state if recurrent and computed else 0,
             attends=attends and computed,
-            owns_cache=owns,
+            owns_cache=attends and owner and (computed or family.nextn_cached) and has_cache,
         )
-        rows.append(alike.setdefault(row, row))
+
+    rows: list[LayerCache] = []
+    for i, kind in enumerate(profile.tensor_kinds):
+        traits = (windowed[i], kind in recurrent_kinds, i < profile.n_computed_layers, i < owners, heads_kv[i])
+        if traits not in known_rows:
+            known_rows[traits] = row(*traits)
+        rows.append(known_rows[traits])
     return tuple(rows)
 
 
 def cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ...]:
     """Bytes of KV cache or recurrent state of each repeating layer."""
-    key = ("cache_bytes", settings)
-    found: tuple[int, ...] | None = profile.memo.get(key)
-    if found is None:
-        found = profile.memo[key] = _cache_bytes(profile, settings)
-    return found
+    return profile.remember("cache_bytes", settings, lambda: _cache_bytes(profile, settings))
 
 
 def _cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ...]:

@@ -8,86 +8,32 @@ architecture made of known parts needs no code here. Activations are F32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
-from planner.cache import LayerCache, is_recurrent, sequence_ctx, ubatch_tokens, window_cells, window_tokens
+from planner.cache import LayerCache, is_recurrent, window_tokens
 from planner.families import family_of
+from planner.inputs import (
+    F16,
+    F32,
+    I32,
+    INDICES,
+    KEY_ROTATION,
+    MASK,
+    NORMED,
+    OUTPUT_ROWS,
+    PER_LAYER,
+    POSITIONS,
+    RESIDUAL,
+    STATE_ROWS,
+    STATES,
+    VALUE_ROTATION,
+    WINDOW,
+    Scale,
+    rotates,
+    rotation_bytes,
+)
 from planner.profile import ModelProfile, Tensor
-from planner.quantization import GgmlType, ggml_type
-from planner.settings import LoadSettings
-from planner.tape import Tape
-
-F32, F16, I32, I64 = 4, 2, 4, 8
-"""Bytes of an element."""
-
-RESIDUAL, NORMED, PER_LAYER, POSITIONS, MASK, INDICES, KEY_ROTATION, VALUE_ROTATION, OUTPUT_ROWS, STATES, STATE_ROWS = range(
-    -1, -12, -1
-)
-"""What lives when a layer begins: its input; that input normed, where the device before did that; per-layer embeddings; the
-tokens' positions; the attention mask; the cells that are written; matrices that rotate keys and values; the rows of the
-output; the convolution states of the next Mamba layer, fetched early. All but the first three and the mask are small, but lie
-where larger holes could join."""
-
-WINDOW = 20
-"""Layers with a window have a cache, a mask and matrices of their own: their names are lower by this."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scale:
-    """What is computed at a time: tokens of a micro-batch, tokens whose logits are wanted, cells that attention sees.
-
-    ``falls_back``: fused attention was wanted, but CUDA has no kernel for it.
-    """
-
-    tokens: int
-    outputs: int
-    sequences: int
-    cells: int
-    window_cells: int
-    flash_attention: bool
-    falls_back: bool
-    keys: GgmlType
-    values: GgmlType
-
-
-def scale_of(profile: ModelProfile, settings: LoadSettings) -> Scale:
-    """The graph that ``llama_context::sched_reserve`` measures: a full micro-batch against full caches."""
-    family = family_of(profile.architecture)
-    encoder = family is not None and bool({"encoder", "no_cache"} & family.features)
-    sequences = settings.parallel
-    tokens = min(ubatch_tokens(settings, causal=not encoder), sequence_ctx(settings) * sequences)
-    tokens = -(-tokens // sequences) * sequences
-    return Scale(
-        tokens=tokens,
-        outputs=min(tokens, settings.outputs or tokens),
-        sequences=sequences,
-        cells=tokens if encoder else sequence_ctx(settings),
-        window_cells=tokens if encoder else window_cells(settings, window_tokens(profile)),
-        flash_attention=runs_flash_attention(profile, settings),
-        falls_back=settings.flash_attention and not runs_flash_attention(profile, settings),
-        keys=ggml_type("f16" if encoder else settings.kv_type_k),
-        values=ggml_type("f16" if encoder else settings.kv_type_v),
-    )
-
-
-FLASH_ATTENTION_HEADS = frozenset(
-    {(n, n) for n in (40, 64, 72, 80, 96, 112, 128, 256, 512)} | {(192, 128), (320, 256), (576, 512)}
-)
-"""Sizes of key and value heads for which CUDA has a kernel (``ggml_cuda_get_best_fattn_kernel``, ``ggml-cuda/fattn.cu``)."""
-
-
-def runs_flash_attention(profile: ModelProfile, settings: LoadSettings) -> bool:
-    """Whether attention is fused: asked for, and known to CUDA; ``--flash-attn auto`` falls back where it is not.
-
-    With quantized values there is no way back, so they count as fused.
-    """
-    heads = max(profile.integer("attention.head_count"), 1)
-    head = profile.embedding_length // heads
-    key, value = profile.integer("attention.key_length", head), profile.integer("attention.value_length", head)
-    known = not key or (key, value) in FLASH_ATTENTION_HEADS or not value
-    return settings.flash_attention and (known or ggml_type(settings.kv_type_v).block_size > 1)
+from planner.tape import Growth, Size, Tape
 
 
 class LayerGraph:
@@ -100,7 +46,7 @@ class LayerGraph:
     * ``has_states``, ``fetches_states``: a Mamba layer's convolution states are fetched by the layer before that mixes tokens.
     * ``experts``: ``away``: they lie in RAM and the first device computes them; ``only``: this is that device's share of it,
       with a second weight on its way.
-    * ``brings``: bytes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
+    * ``brings``: sizes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
     """
 
     def __init__(
@@ -114,7 +60,7 @@ class LayerGraph:
         offloaded: bool = False,
         host_experts: bool = False,
         normed: bool = False,
-        brings: Mapping[int, int] | None = None,
+        brings: Mapping[int, Size] | None = None,
         has_states: bool = False,
         fetches_states: bool = False,
         experts: Literal["here", "away", "only"] = "here",
@@ -124,6 +70,7 @@ class LayerGraph:
         self._family = family_of(profile.architecture)
         self._index = index
         self._weights: Mapping[str, Tensor] = profile.layer_tensors[index]
+        self._stems = {name.removesuffix(".weight") for name in self._weights if name.endswith(".weight")}
         self._cache = cache
         self._scale = scale
         self._tokens = scale.tokens
@@ -153,7 +100,7 @@ class LayerGraph:
     # one operation each
 
     def _has(self, *names: str) -> bool:
-        return any(f"{name}.weight" in self._weights for name in names)
+        return not self._stems.isdisjoint(names)
 
     def _out(self, name: str) -> int:
         shape = self._weights[f"{name}.weight"].shape
@@ -170,7 +117,8 @@ class LayerGraph:
     def _bring(self, name: int) -> int:
         """An input of the device: copied now if this layer brings it."""
         if name in self._brings:
-            self.brought[name] = self.tape.op(self._brings.pop(name))
+            size, growth = self._brings.pop(name)
+            self.brought[name] = self.tape.op(size, growth=growth)
         return self.brought.get(name, name)
 
     def _bring_the_rest(self) -> None:
@@ -213,7 +161,7 @@ class LayerGraph:
             self._bring(name)
 
     def _in_place(self, x: int, *others: int) -> int:
-        return self.tape.op(self.tape.size(x), x, *others, into=(x,))
+        return self.tape.in_place(x, *others)
 
     def _norm(self, x: int, features: int | None = None) -> int:
         """``build_norm``: over the input where nobody else reads it; its scale and shift are in place."""
@@ -223,7 +171,7 @@ class LayerGraph:
         return self._op(features, x)
 
     def _add(self, a: int, b: int) -> int:
-        return self.tape.op(max(self.tape.size(a), self.tape.size(b)), a, b, into=(a, b))
+        return self.tape.op(max(self.tape.size(x) for x in (a, b) if x >= 0), a, b, into=(a, b))
 
     # attention
 
@@ -321,52 +269,49 @@ class LayerGraph:
             return x
         return self._op(features, x, self.brought.get(matrix, matrix))
 
-    def _cells(self) -> int:
-        return self._scale.window_cells if self._cache.windowed else self._scale.cells
+    def _per_cell(self, size: int) -> Growth:
+        """``size`` bytes for each cell that a sequence sees in this layer."""
+        return (0, size) if self._cache.windowed else (size, 0)
+
+    def _cells(self, row_bytes: int, *reads: int) -> int:
+        """A tensor with a row for every cell of all sequences."""
+        return self.tape.op(0, *reads, growth=self._per_cell(row_bytes * self._scale.sequences))
 
     def _attend(self, q: int, value_features: int, *, latent: bool = False) -> int:
         """``build_attn_mha``: one fused operation, or the scores as a matrix."""
         scale, cache = self._scale, self._cache
-        heads = self._profile.per_layer("attention.head_count")[self._index]
-        heads_kv = (
-            1
-            if latent
-            else max(
-                self._profile.per_layer_or("attention.head_count_kv", self._profile.per_layer("attention.head_count"))[
-                    self._index
-                ],
-                1,
-            )
-        )
+        all_heads = self._profile.per_layer("attention.head_count")
+        heads = all_heads[self._index]
+        heads_kv = 1 if latent else max(self._profile.per_layer_or("attention.head_count_kv", all_heads)[self._index], 1)
         out_features = heads * value_features // heads_kv
-        cells = self._cells() * scale.sequences
         copies: tuple[int, ...] = ()
         if self._offloaded and cache.owns_cache:
-            copies = (self.tape.op(scale.keys.row_bytes(cache.key_elements) * cells),)
-            row = scale.keys.row_bytes(cache.key_elements) if latent else scale.values.row_bytes(value_features)
-            copies += (self.tape.op(row * cells),)  # with latent attention values are a view of keys, yet copied as well
+            row = scale.keys.row_bytes(cache.key_elements)
+            # with latent attention values are a view of keys, yet copied as well
+            copies = (self._cells(row), self._cells(row if latent else scale.values.row_bytes(value_features)))
         mask = self._bring(self._mask)
         if scale.flash_attention:
             extra = 0
             reads = (q, *copies, mask)
             if scale.keys.name == "F32":  # cast before, not inside
-                reads += (self.tape.op(cells * cache.key_elements * F16),)
+                reads += (self._cells(cache.key_elements * F16),)
             elif scale.keys.name != "F16":
-                extra += cells * cache.key_elements * F16
+                extra += cache.key_elements * F16
             values = scale.keys if latent else scale.values
             if latent and not copies:
                 pass  # values are a view of the keys, in the cache and as F16
             elif values.name == "F32":
-                reads += (self.tape.op(cells * value_features * F16),)
+                reads += (self._cells(value_features * F16),)
             elif values.name != "F16":
-                extra += cells * value_features * F16
-            result = self.tape.op(out_features * self._tokens * F32 + extra, *reads)
+                extra += value_features * F16
+            growth = self._per_cell(extra * scale.sequences)
+            result = self.tape.op(out_features * self._tokens * F32, *reads, growth=growth)
             return result if latent or self._projects_late else self._rotated(result, out_features, self._value_rotation)
-        scores = self.tape.op(self._cells() * self._tokens * heads * F32, q, *copies[:1])
+        scores = self.tape.op(0, q, *copies[:1], growth=self._per_cell(self._tokens * heads * F32))
         scores = self._in_place(scores, mask)
         operands = copies[1:]
         if self._falls_back:  # the cache was made for fused attention: values lie the other way round
-            operands += (self.tape.op(scale.values.row_bytes(value_features) * cells, *copies[1:]),)
+            operands += (self._cells(scale.values.row_bytes(value_features), *copies[1:]),)
         result = self._op(out_features, scores, *operands)
         if latent:
             return result
@@ -756,49 +701,6 @@ PROJECTS_LATE = frozenset({"command-r", "cohere2"})
 RESIDUAL_FIRST = SUMS_INTO_RESIDUAL | {"phi3", "phimoe"}
 """Architectures whose last sum takes over the residual's memory: ``ggml_add(ctx0, residual, cur)``."""
 
-NO_ROTATION = frozenset(
-    {
-        "bert",
-        "bloom",
-        "gpt2",
-        "granitehybrid",
-        "jais",
-        "jamba",
-        "jina-bert-v2",
-        "mpt",
-        "nemotron_h",
-        "nemotron_h_moe",
-        "refact",
-        "starcoder",
-    }
-)
-"""Architectures without rotary positions."""
-
-ROTATION_IN_WINDOWS = frozenset({"cohere2", "exaone4"})
-"""Architectures whose windowed layers alone have rotary positions."""
-
-
-VALUE_ROTATION_ROWS = 64
-"""Rows of the matrix that rotates values (``llama_kv_cache::build_input_v_rot``); heads must be a multiple of it."""
-
-
-def rotation_bytes(profile: ModelProfile, scale: Scale, matrix: int) -> int:
-    """Bytes of the Hadamard matrix for keys or values; 0 where ``llama_kv_cache`` rotates nothing."""
-    windowed, matrix = matrix < -WINDOW, matrix + WINDOW if matrix < -WINDOW else matrix
-    kind, cache_type = ("key", scale.keys) if matrix == KEY_ROTATION else ("value", scale.values)
-    head = profile.integer(
-        f"attention.{kind}_length", profile.embedding_length // max(profile.integer("attention.head_count"), 1)
-    )
-    if windowed:
-        head = profile.integer(f"attention.{kind}_length_swa", head)
-    latent = bool(profile.integer("attention.key_length_mla"))
-    if cache_type.block_size == 1 or head % VALUE_ROTATION_ROWS or latent:
-        return 0
-    rows = VALUE_ROTATION_ROWS
-    while matrix == KEY_ROTATION and head % (2 * rows) == 0:
-        rows *= 2
-    return rows * rows * F32
-
 
 def is_mamba(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a layer is one of ``llm_build_mamba_base``."""
@@ -822,20 +724,3 @@ def next_mamba(profile: ModelProfile, index: int) -> int | None:
 def attends_in_ram(profile: ModelProfile, index: int) -> bool:
     """Attention over a cache in RAM runs on the CPU where the states of a later Mamba layer are fetched right behind it."""
     return next_mamba(profile, index) is not None
-
-
-def rotates(profile: ModelProfile, cache: LayerCache) -> bool:
-    """Whether a layer's queries and keys are rotated, or scaled instead (Llama 4)."""
-    if profile.architecture in ROTATION_IN_WINDOWS:
-        return cache.windowed
-    return profile.architecture not in NO_ROTATION
-
-
-def weight_signature(profile: ModelProfile, index: int) -> tuple[tuple[str, tuple[int, ...], int], ...]:
-    """What tells kinds of layers apart: names, shapes and bytes of their tensors."""
-    return tuple((name, tensor.shape, tensor.bytes) for name, tensor in profile.layer_tensors[index].items())
-
-
-def largest_weight(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the largest of a layer's tensors."""
-    return max((tensor.bytes for tensor in tensors.values() if prod(tensor.shape)), default=0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from planner.cache import cache_bytes
-from planner.compute import PIPELINE_COPIES, DevicePart, compute_model
+from planner.compute import PIPELINE_COPIES, compute_model
 from planner.families import family_of
 from planner.placement import Placement
 from planner.profile import ModelProfile
+from planner.schedule import DevicePart
 from planner.settings import LoadSettings
 
 UNKNOWN_COMPUTE_FACTOR = 2
@@ -59,7 +61,8 @@ def estimate_memory(
     unknown = family_of(profile.architecture) is None
     factor = UNKNOWN_COMPUTE_FACTOR if unknown else 1
     projector_gpu = min(placement.order, default=None)
-    caches = cache_bytes(profile, settings)
+    weights = profile.weights_before
+    caches = tuple(accumulate(cache_bytes(profile, settings), initial=0))
     compute = compute_model(profile, settings)
     visitors = range(placement.cpu_layers)
     pipelined = (
@@ -78,27 +81,26 @@ def estimate_memory(
             sends_norm=dry and gpu != placement.order[-1],
             output=output,
             copies=copies,
-            host_experts=placement.cpu_experts & frozenset(run),
+            host_experts=frozenset(i for i in placement.cpu_experts if i in run),
             foreign_experts=() if place else tuple(sorted(i for i in placement.cpu_experts if i >= run.stop)),
         )
         devices[gpu] = DeviceMemory(
-            weights_bytes=sum(
-                profile.layers[i].weights_bytes - (profile.layers[i].expert_bytes if i in placement.cpu_experts else 0)
-                for i in run
-            )
+            weights_bytes=weights[run.stop]
+            - weights[run.start]
+            - sum(profile.layers[i].expert_bytes for i in placement.cpu_experts if i in run)
             + (profile.output_bytes if output else 0)
             + (projector_bytes if gpu == projector_gpu else 0),
-            kv_bytes=sum(caches[i] for i in run),
+            kv_bytes=caches[run.stop] - caches[run.start],
             compute_bytes=factor * compute.device_bytes(part),
             runtime_bytes=runtime_bytes[gpu] if runtime_bytes else 0,
         )
     host = DeviceMemory(
         weights_bytes=profile.input_bytes
-        + sum(layer.weights_bytes for layer in profile.layers[: placement.cpu_layers])
+        + weights[placement.cpu_layers]
         + sum(profile.layers[i].expert_bytes for i in placement.cpu_experts if i >= placement.cpu_layers)
         + (profile.output_bytes - profile.tied_bytes if placement.output_gpu is None else 0)
         + (projector_bytes if projector_gpu is None else 0),
-        kv_bytes=sum(caches[: placement.cpu_layers]),
+        kv_bytes=caches[placement.cpu_layers],
         compute_bytes=factor * compute.host_bytes(visitors=visitors, copies=copies),
     )
     return MemoryEstimate(devices=tuple(devices), host=host, upper_bound=unknown)

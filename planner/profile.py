@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 from planner.quantization import GgmlType
 
@@ -32,6 +33,11 @@ ENCODERS = frozenset(
     {"bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "nomic-bert"} | {"nomic-bert-moe"}
 )
 """Architectures without an output matrix, so that a file without one has no tied one either."""
+
+REMEMBERED = 128
+"""Results of a kind that a profile keeps: more contexts than one search asks for."""
+
+T = TypeVar("T")
 
 _LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"_(?:ch)?exps(?:\.|$)")
@@ -125,25 +131,59 @@ class ModelProfile:
         return embedding.shape[1] if embedding and len(embedding.shape) > 1 else self.integer("vocab_size")
 
     @cached_property
+    def _tensors_by_home(self) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], ...]]:
+        layers: tuple[dict[str, Tensor], ...] = tuple({} for _ in self.layers)
+        others: dict[str, Tensor] = {}
+        for tensor in self.tensors:
+            head, _, tail = tensor.name.partition(".")
+            number, _, name = tail.partition(".")
+            if head == "blk" and number.isdecimal() and name:
+                layers[int(number)][name] = tensor
+            else:
+                others[tensor.name] = tensor
+        return others, layers
+
+    @property
     def model_tensors(self) -> dict[str, Tensor]:
         """Tensors that belong to no repeating layer, by name."""
-        return {tensor.name: tensor for tensor in self.tensors if not _LAYER.match(tensor.name)}
+        return self._tensors_by_home[0]
 
-    @cached_property
+    @property
     def layer_tensors(self) -> tuple[dict[str, Tensor], ...]:
         """Tensors of each repeating layer, by what stands behind ``blk.N.``."""
-        layers: tuple[dict[str, Tensor], ...] = tuple({} for _ in self.layers)
-        for tensor in self.tensors:
-            if match := _LAYER.match(tensor.name):
-                layers[int(match[1])][match[2]] = tensor
-        return layers
+        return self._tensors_by_home[1]
+
+    @cached_property
+    def tensor_kinds(self) -> tuple[int, ...]:
+        """For each repeating layer the first one whose tensors have the same names, types and shapes."""
+        first: dict[object, int] = {}
+        return tuple(
+            first.setdefault(tuple((name, tensor.type.number, tensor.shape) for name, tensor in tensors.items()), i)
+            for i, tensors in enumerate(self.layer_tensors)
+        )
+
+    @cached_property
+    def weights_before(self) -> tuple[int, ...]:
+        """Bytes of the repeating layers below each, and of all of them last: a run's weights are a difference of two."""
+        return tuple(accumulate((layer.weights_bytes for layer in self.layers), initial=0))
 
     @cached_property
     def memo(self) -> dict[Any, Any]:
         """Results of pure functions of this profile that are asked for again and again; empty at first."""
         return {}
 
-    @property
+    def remember(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns for ``key``: made once, and forgotten when ``REMEMBERED`` newer ones of its kind were made."""
+        known: dict[Hashable, T] = self.memo.setdefault(kind, {})
+        if key in known:
+            return known[key]
+        made = make()
+        while len(known) >= REMEMBERED:
+            known.pop(next(iter(known)), None)
+        known[key] = made
+        return made
+
+    @cached_property
     def n_computed_layers(self) -> int:
         """Repeating layers without those for multi-token prediction: llama.cpp's ``n_layer()``, the lowest ones."""
         return self.n_layers - min(self.integer("nextn_predict_layers"), self.n_layers - 1)

@@ -3,39 +3,89 @@
 ``Tape`` records operations: bytes of the result, what it reads, and whose memory it may take over. ``compile`` turns them into
 allocations and releases by ``ggml_gallocr_alloc_graph_impl`` (``ggml/src/ggml-alloc.c``, llama.cpp b10488): a tensor lives until
 its last reader has run; an element-wise result takes over the memory of an operand that nobody else will read.
+
+Only attention sees the cache, and what it makes grows in proportion to the cells. So a tape is recorded and compiled once for
+all contexts; ``Program.at`` fills in the cells.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from planner.allocator import Step, align
+
+Growth = tuple[int, int]
+"""Bytes for each cell of the cache, and for each cell of the windows' cache."""
+
+STEADY: Growth = (0, 0)
+"""The growth of a tensor that no context changes."""
+
+Size = tuple[int, Growth]
+"""Bytes of a tensor: those of any context, and those that grow with it."""
+
+
+def size_at(size: Size, cells: int, window_cells: int) -> int:
+    """Bytes, aligned, of a tensor with so many cells."""
+    fixed, (per_cell, per_window_cell) = size
+    return align(fixed + per_cell * cells + per_window_cell * window_cells)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Program:
+    """A compiled tape. Two are equal only if they are the same.
+
+    * ``steps``: as if there were no cells.
+    * ``growing``: places in ``steps`` where the size grows, with the whole size.
+    * ``exports``: afterwards the tensor in slot ``source`` is known as ``name``, for each ``(name, source)``.
+    """
+
+    steps: tuple[Step, ...]
+    growing: tuple[tuple[int, Size], ...]
+    exports: tuple[tuple[int, int], ...]
+
+    def at(self, cells: int, window_cells: int) -> tuple[Step, ...]:
+        """The steps with so many cells in the cache, and in that of windowed layers."""
+        if not self.growing:
+            return self.steps
+        steps = list(self.steps)
+        for place, size in self.growing:
+            is_allocation, slot, _ = steps[place]
+            steps[place] = is_allocation, slot, size_at(size, cells, window_cells)
+        return tuple(steps)
 
 
 class Tape:
     """Records operations. Tensors are numbered from 0; negative numbers are the caller's, which live when the tape begins."""
 
     def __init__(self) -> None:
-        self._operations: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        self._operations: list[tuple[Size, tuple[int, ...], tuple[int, ...]]] = []
 
-    def op(self, size: int, *reads: int, into: tuple[int, ...] = ()) -> int:
-        """A result of ``size`` bytes that reads tensors, and may take over the memory of the first fit in ``into``."""
-        self._operations.append((align(size), reads, into))
+    def op(self, size: int, *reads: int, into: tuple[int, ...] = (), growth: Growth = STEADY) -> int:
+        """A result of ``size`` bytes and its ``growth`` that reads tensors, and may take over the memory of one in ``into``.
+
+        It takes that of the first which is as large and has no other reader.
+        """
+        self._operations.append(((align(size), growth), reads, into))
+        return len(self._operations) - 1
+
+    def in_place(self, tensor: int, *others: int) -> int:
+        """A result as large as ``tensor``, which takes over its memory unless that has other readers."""
+        size = self._operations[tensor][0]
+        self._operations.append((size, (tensor, *others), (tensor,)))
         return len(self._operations) - 1
 
     def size(self, tensor: int) -> int:
-        """Bytes of a tensor that was recorded here."""
-        return self._operations[tensor][0]
+        """Bytes of a tensor that was recorded here, its growth left out."""
+        return self._operations[tensor][0][0]
 
     def use(self, *reads: int) -> None:
         """An operation whose result needs no memory here: it writes to a cache, or somewhere else."""
-        self._operations.append((0, reads, ()))
+        self._operations.append(((0, STEADY), reads, ()))
 
-    def compile(
-        self, exports: Mapping[int, int], *, sizes: Mapping[int, int], kept: Collection[int] = ()
-    ) -> tuple[tuple[Step, ...], tuple[tuple[int, int], ...]]:
-        """Steps, and ``(name, slot)`` of each exported tensor: those outlive the tape, under the caller's names.
+    def compile(self, exports: Mapping[int, int], *, sizes: Mapping[int, Size], kept: Collection[int] = ()) -> Program:
+        """The steps of the recorded operations; the exported tensors outlive them, under the caller's names.
 
         ``exports``: name -> tensor. ``sizes``: bytes of the caller's tensors; those in ``kept`` are never released or taken over.
         """
@@ -44,17 +94,24 @@ class Tape:
         readers.update(exports.values())
         slot: dict[int, int] = {number: number for number in size_of}
         steps: list[Step] = []
+        growing: list[tuple[int, Size]] = []
+
+        def step(is_allocation: bool, place: int, size: Size) -> None:
+            if size[1] != STEADY:
+                growing.append((len(steps), size))
+            steps.append((is_allocation, place, size[0]))
+
         for number, (size, reads, into) in enumerate(self._operations):
-            if size:
+            if size != (0, STEADY):
                 size_of[number] = size
                 taken = next((t for t in into if t in slot and t not in kept and readers[t] == 1 and size_of[t] == size), None)
                 if taken is None:
                     slot[number] = number
-                    steps.append((True, number, size))
+                    step(True, number, size)
                 else:
                     slot[number] = slot.pop(taken)
             for read in reads:
                 readers[read] -= 1
                 if not readers[read] and read in slot and read not in kept:
-                    steps.append((False, slot.pop(read), size_of[read]))
-        return tuple(steps), tuple((name, slot[tensor]) for name, tensor in exports.items())
+                    step(False, slot.pop(read), size_of[read])
+        return Program(tuple(steps), tuple(growing), tuple((name, slot[tensor]) for name, tensor in exports.items()))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.allocator import Allocator, align, replay
-from planner.tape import Tape
+from planner.tape import STEADY, Tape
 
 
 def test_the_smallest_hole_that_fits_is_taken() -> None:
@@ -58,17 +58,30 @@ def test_a_result_takes_over_memory_that_nobody_else_reads() -> None:
     z = tape.op(1000, y, into=(y,))
     tape.use(y, z)
     heap, slots = Allocator(), {}
-    steps, exports = tape.compile({-1: z}, sizes={})
-    replay(heap, steps, slots)
+    program = tape.compile({-1: z}, sizes={})
+    replay(heap, program.steps, slots)
     assert heap.peak == 2 * align(1000)
-    assert [slots[slot] for _, slot in exports] == [align(1000)]
+    assert [slots[slot] for _, slot in program.exports] == [align(1000)]
 
 
 def test_a_kept_tensor_of_the_caller_is_never_released() -> None:
     """An input with copies outlives its last reader; an ordinary one makes room."""
     tape = Tape()
     tape.op(256, -1)
-    released, _ = tape.compile({}, sizes={-1: 256})
-    kept, _ = tape.compile({}, sizes={-1: 256}, kept=(-1,))
+    sizes = {-1: (256, STEADY)}
+    released = tape.compile({}, sizes=sizes).steps
+    kept = tape.compile({}, sizes=sizes, kept=(-1,)).steps
     assert (False, -1, 256) in released
     assert (False, -1, 256) not in kept
+
+
+def test_a_compiled_tape_serves_every_context() -> None:
+    """What attention makes grows with the cells it sees; all else stays, and only tensors that grow alike share memory."""
+    tape = Tape()
+    scores = tape.op(0, -1, growth=(8, 0))
+    softened = tape.in_place(scores, -2)
+    tape.op(1000, softened, into=(softened,))
+    program = tape.compile({}, sizes={-1: (512, STEADY), -2: (0, (0, 2))}, kept=(-1,))
+    for cells, window_cells in ((256, 256), (4096, 1024)):
+        sizes = (8 * cells, 2 * window_cells, align(1000), 8 * cells)
+        assert tuple(size for _, _, size in program.at(cells, window_cells)) == sizes

@@ -1,0 +1,452 @@
+"""What one device computes, in order: its inputs, then the program of each of its layers.
+
+llama.cpp (b10488) cuts the graph of a micro-batch into the parts that run on each device (``ggml_backend_sched_split_graph``,
+``ggml/src/ggml-backend.cpp``). Nothing here depends on the number of cells, so that a schedule serves every context; layers of a
+kind share one program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+from planner.allocator import align
+from planner.cache import layer_caches
+from planner.families import family_of
+from planner.graph import (
+    LATE_OUTPUTS,
+    SPARSE_GEMMA3N_LAYERS,
+    LayerGraph,
+    attends_in_ram,
+    is_mamba,
+    next_mamba,
+)
+from planner.inputs import (
+    F32,
+    INDICES,
+    KEY_ROTATION,
+    MASK,
+    NORMED,
+    OUTPUT_ROWS,
+    PER_LAYER,
+    POSITIONS,
+    RESIDUAL,
+    STATE_ROWS,
+    VALUE_ROTATION,
+    WINDOW,
+    Scale,
+    embedding_bytes,
+    input_sizes,
+    rotates,
+)
+from planner.profile import ModelProfile
+from planner.tape import STEADY, Program, Size, Tape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DevicePart:
+    """What lies on a device, and what it computes for others.
+
+    * ``layers``: the repeating layers that lie on it.
+    * ``visitors``: layers in RAM that it computes for the CPU, copying their weights: the lowest ones, on the first device.
+    * ``first``: the embedding comes from the host; otherwise the residual comes from the device before.
+    * ``normed``: it comes normed as well, see ``sends_norm``.
+    * ``sends_norm``: the first norm of the next device's first layer is computed here.
+    * ``output``: the output layer lies here.
+    * ``copies``: of each input: 1, or ``PIPELINE_COPIES``.
+    * ``host_experts``: layers of this device whose routed experts lie in RAM; the first device computes them.
+    * ``foreign_experts``: those of other devices' layers, which this one, the first, computes.
+    """
+
+    layers: range
+    visitors: range = range(0)
+    first: bool = True
+    normed: bool = False
+    sends_norm: bool = False
+    output: bool = False
+    copies: int = 1
+    host_experts: frozenset[int] = frozenset()
+    foreign_experts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Schedule:
+    """What happens in the buffer of one device. Two are equal only if they are the same.
+
+    * ``unnamed``: tensors that stay all the while; nothing here reads them.
+    * ``inputs``: name and size of what lives when the first program begins.
+    * ``copies``: of each of those.
+    * ``programs``: in order, with how often each is repeated.
+    """
+
+    unnamed: tuple[Size, ...]
+    inputs: tuple[tuple[int, Size], ...]
+    copies: int
+    programs: tuple[tuple[Program, int], ...]
+
+
+class Schedules:
+    """Schedules of one model at one scale. Results are kept; make one with ``schedules_of``."""
+
+    def __init__(self, profile: ModelProfile, scale: Scale) -> None:
+        self._profile = profile
+        self._caches = layer_caches(profile)
+        self._scale = scale
+        self._n = profile.n_computed_layers
+        self._kinds = layer_kinds(profile)
+        self.sizes = input_sizes(profile, scale)
+        self.embedding_bytes = embedding_bytes(profile, scale)
+        self._altup = profile.integer("altup.num_inputs") > 1
+        self._owners = [i for i in range(self._n) if self._caches[i].owns_cache]
+        mamba = {i for i in {*self._kinds} if is_mamba(profile.layer_tensors[i])}
+        self._mamba_layers = [i for i, kind in enumerate(self._kinds) if kind in mamba]
+        self._programs: dict[object, Program] = {}
+        self._parts: dict[DevicePart, Schedule] = {}
+        self._alikes: dict[object, Schedule] = {}
+        self._read_by: dict[tuple[int, bool, bool], tuple[int, ...]] = {}
+        last = {self._kinds[self._n - 1]: self._n - 1}
+        reads = [self._reads(i, visiting=False) for i in {*self._kinds, *last.values()}]
+        self.host_inputs = frozenset(name for names in reads for name in names) - {PER_LAYER}
+        """Names of the inputs that the host fills in."""
+
+    def of(self, part: DevicePart) -> Schedule:
+        """The schedule of a device."""
+        found = self._parts.get(part)
+        if found is None:
+            alike = self._alike(part)
+            if alike not in self._alikes:
+                self._alikes[alike] = self._schedule(part)
+            found = self._parts[part] = self._alikes[alike]
+        return found
+
+    def handed_bytes(self, i: int) -> int:
+        """What a layer in RAM copies back from the device that computes it: new keys and values, or what its state is made of."""
+        profile, cache, tensors = self._profile, self._caches[i], self._profile.layer_tensors[i]
+        features = cache.key_elements + cache.value_elements if cache.owns_cache else 0
+        if "attn_qkv.weight" in tensors and cache.owns_cache:  # values are a view of the joint projection
+            features = tensors["attn_qkv.weight"].shape[1] + cache.key_elements
+        if cache.state_elements:
+            inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
+            channels = inner + 2 * profile.integer("ssm.group_count") * state
+            in_ram = is_mamba(tensors)
+            features = 3 * channels + inner if in_ram else channels
+        return features * self._scale.tokens * F32 + (cache.state_elements * self._scale.sequences * F32)
+
+    @property
+    def adds_positions(self) -> bool:
+        """Whether a table of positions is added to the embedding: it arrives beside it, as ``NORMED``."""
+        return "position_embd.weight" in self._profile.model_tensors
+
+    @property
+    def per_layer_bytes(self) -> int:
+        """Bytes of the embeddings of each layer (Gemma 3n, Gemma 4)."""
+        return self.sizes[PER_LAYER][0]
+
+    def _alike(self, part: DevicePart) -> object:
+        """Equal for parts whose buffers are equal: layers of the same kinds in the same order, and the same inputs."""
+        if part.visitors or part.host_experts or part.foreign_experts:
+            return part
+        kinds = self._kinds[part.layers.start : part.layers.stop]
+        ends = part.layers.stop >= self._n
+        unnamed = (*self._hoisted(part), None, *self._borrowed(part))
+        return kinds, ends, unnamed, part.first, part.normed, part.sends_norm, part.output, part.copies
+
+    def _schedule(self, part: DevicePart) -> Schedule:
+        own = range(part.layers.start, min(part.layers.stop, self._n))
+        late_output = part.output and self._profile.architecture in LATE_OUTPUTS
+        arrival = [RESIDUAL] if part.first or not part.normed else [NORMED]
+        arrival += [NORMED] if part.first and self.adds_positions else []
+        arrival += [PER_LAYER] if self._has(PER_LAYER) and not part.first and not self._altup else []
+        inputs: list[int] = []
+        if not part.visitors:
+            inputs += [name for i in own for name in self._reads(i, visiting=False) if name != PER_LAYER]
+            inputs += [OUTPUT_ROWS] if late_output else []
+        names = dict.fromkeys((*arrival, *inputs, *(() if RESIDUAL in arrival else (RESIDUAL,))))
+        narrow: Size = (self.embedding_bytes, STEADY)
+        programs = [self._prelude(part.copies > 1)] if part.first else []
+        programs += self._layers(part, own, late_output=late_output)
+        programs += [self._foreign(i) for i in part.foreign_experts]
+        programs += [self._next_norm()] if part.sends_norm else []
+        programs += [self._output()] if part.output else []
+        return Schedule(
+            unnamed=(*self._hoisted(part), *self._streams(part), *self._borrowed(part)),
+            inputs=tuple((name, narrow if name == RESIDUAL and part.first else self.sizes[name]) for name in names),
+            copies=part.copies,
+            programs=tuple((program, len(list(run))) for program, run in groupby(programs)),
+        )
+
+    def _layers(self, part: DevicePart, own: range, *, late_output: bool) -> list[Program]:
+        """The programs of a device's layers, visitors first."""
+        everything = [*part.visitors, *own]
+        pinned = part.copies > 1
+        mixers = [i for i in everything if self._mamba_layers and (i in self._mamba_layers or self._caches[i].attends)]
+        fetched = {
+            b: a
+            for a, b in pairwise(mixers)
+            if b in part.layers and is_mamba(self._profile.layer_tensors[b]) and next_mamba(self._profile, a) == b
+        }
+        first_reader: dict[int, int] = {}
+        last_reader: dict[int, int] = {}
+        for i in everything:
+            for name in self._reads(i, visiting=i in part.visitors):
+                first_reader.setdefault(name, i)
+                last_reader[name] = i
+        if late_output:
+            last_reader[OUTPUT_ROWS] = self._n
+            first_reader.setdefault(OUTPUT_ROWS, self._n)
+        waiting = set(first_reader) - {PER_LAYER} if part.visitors else set()
+        all_read = frozenset(last_reader)
+        ends = set(last_reader.values())
+        programs = []
+        for i in everything:
+            begins = i == everything[0]
+            visits = i in part.visitors
+            brings = {name for name in waiting if first_reader[name] == i and visits}
+            if visits and i == part.visitors[-1]:
+                brings = waiting
+            waiting = waiting - brings
+            kept = all_read
+            if i in ends and not pinned:
+                kept = frozenset(name for name, reader in last_reader.items() if reader != i)
+            if begins and pinned and (not part.first or not self._has_prelude):
+                kept |= {RESIDUAL, NORMED}
+            programs.append(
+                self._layer(
+                    i,
+                    offloaded=visits,
+                    host_experts=i in part.host_experts,
+                    experts_away=i in part.host_experts and not part.first,
+                    normed=begins and part.normed and not part.first,
+                    brings=tuple(sorted(brings, reverse=True)),
+                    has_states=i in fetched,
+                    fetches_states=i in fetched.values(),
+                    kept=kept,
+                )
+            )
+        return programs
+
+    # inputs
+
+    def _has(self, name: int) -> bool:
+        return self.sizes[name] != (0, STEADY)
+
+    def _hoisted(self, part: DevicePart) -> list[Size]:
+        """Inputs that Mamba layers exchange over the border of two devices.
+
+        ``build_rs`` puts a layer's state operations into the graph ahead of the last operations of the Mamba layer before it:
+        where that lies on another device, its gate is computed here (from the whole projection), and copied back.
+        """
+        mamba = self._mamba_layers
+        if not mamba:
+            return []
+        own = [i for i in mamba if i in part.layers]
+        features = []
+
+        def fetched_early(later: int) -> bool:
+            return next_mamba(self._profile, mamba[mamba.index(later) - 1]) is not None
+
+        if own and own[0] != mamba[0] and not part.first and fetched_early(own[0]):
+            features.append(self._profile.layer_tensors[own[0]]["ssm_in.weight"].shape[1])
+        if own and own[-1] != mamba[-1] and fetched_early(mamba[mamba.index(own[-1]) + 1]):
+            features.append(self._profile.integer("ssm.inner_size"))
+        return [(align(count * self._scale.tokens * F32), STEADY) for count in features]
+
+    def _borrowed(self, part: DevicePart) -> list[Size]:
+        """Caches of layers on another device that layers here read: each reader gets a copy (Gemma 3n, Gemma 4)."""
+        scale = self._scale
+        owners = self._owners
+        sizes: list[Size] = []
+        if len(owners) == self._n:
+            return sizes
+        for i in part.layers:
+            cache = self._caches[i] if i < self._n else None
+            if cache and cache.attends and not cache.owns_cache and owners:
+                owner = max(j for j in owners if self._caches[j].windowed == cache.windowed)
+                if owner not in part.layers:
+                    for row in (scale.keys.row_bytes(cache.key_elements), scale.values.row_bytes(cache.value_elements)):
+                        per_cell = row * scale.sequences
+                        sizes.append((0, (0, per_cell) if cache.windowed else (per_cell, 0)))
+        return sizes
+
+    def _streams(self, part: DevicePart) -> list[Size]:
+        """Gemma 3n's residual streams are made where the output layer lies, and travel twice: as they are, and permuted."""
+        if not self._altup or (part.first and part.output):
+            return []
+        residual, per_layer = self.sizes[RESIDUAL], self.sizes[PER_LAYER]
+        narrow: Size = (self.embedding_bytes, STEADY)
+        if part.first:
+            return [residual, residual, narrow, per_layer]
+        return [residual, *((per_layer, narrow) if part.output else ())]
+
+    def _reads(self, i: int, *, visiting: bool) -> tuple[int, ...]:
+        """Inputs of the graph that a layer reads on its device, in order."""
+        key = (i if visiting else self._kinds[i], i == self._n - 1, visiting)
+        found = self._read_by.get(key)
+        if found is None:
+            found = self._read_by[key] = self._inputs_of(i, visiting=visiting)
+        return found
+
+    def _inputs_of(self, i: int, *, visiting: bool) -> tuple[int, ...]:
+        cache = self._caches[i]
+        extra: tuple[int, ...] = (PER_LAYER,) if self._has(PER_LAYER) else ()
+        if i == self._n - 1 and self._profile.architecture not in LATE_OUTPUTS:
+            extra += (OUTPUT_ROWS,)
+        if cache.state_elements and not visiting:
+            extra = (STATE_ROWS, *extra)
+        if not cache.attends:
+            return extra
+        offset = WINDOW if cache.windowed else 0
+        names = (
+            *((POSITIONS,) if rotates(self._profile, cache) else ()),
+            *(name for name in (KEY_ROTATION - offset, VALUE_ROTATION - offset) if self._has(name)),
+            *((INDICES - offset,) if cache.owns_cache and not visiting else ()),
+        )
+        if visiting and attends_in_ram(self._profile, i):
+            return tuple(name for name in names if name in (POSITIONS, KEY_ROTATION - offset))
+        return (*names, MASK - offset, *extra)
+
+    # programs
+
+    @property
+    def _has_prelude(self) -> bool:
+        return scales_embedding(self._profile) or self.adds_positions or self._has(PER_LAYER)
+
+    def _prelude(self, pinned: bool) -> Program:
+        """What happens to the embedding before the first layer."""
+        key = ("prelude", pinned)
+        if key in self._programs:
+            return self._programs[key]
+        tape = Tape()
+        result = RESIDUAL
+        exports: dict[int, int] = {}
+        narrow = self.embedding_bytes
+        if scales_embedding(self._profile):
+            result = tape.op(narrow, RESIDUAL, into=(RESIDUAL,))
+        elif self.adds_positions:
+            result = tape.op(narrow, RESIDUAL, NORMED, into=(RESIDUAL, NORMED))
+        if self._has(PER_LAYER):
+            size, _ = self.sizes[PER_LAYER]
+            rows = tape.op(size)
+            projected = tape.op(size, result)
+            normed = tape.op(size, projected)
+            exports[PER_LAYER] = tape.op(size, tape.op(size, normed, rows, into=(normed,)))
+            if self._profile.integer("altup.num_inputs"):
+                wide, _ = self.sizes[RESIDUAL]
+                rest = tape.op(wide - narrow, result)
+                result = tape.op(wide, result, rest)
+        if result != RESIDUAL:
+            exports[RESIDUAL] = result
+        sizes = {**self.sizes, RESIDUAL: (narrow, STEADY)}
+        kept = frozenset({RESIDUAL, NORMED} if pinned else ()) if exports else {RESIDUAL}
+        found = self._programs[key] = tape.compile(exports, sizes=sizes, kept=kept)
+        return found
+
+    def _layer(
+        self,
+        i: int,
+        *,
+        offloaded: bool,
+        host_experts: bool,
+        experts_away: bool,
+        normed: bool,
+        brings: tuple[int, ...],
+        has_states: bool,
+        fetches_states: bool,
+        kept: frozenset[int],
+    ) -> Program:
+        last = i == self._n - 1
+        key = (self._kinds[i], last, offloaded, host_experts, experts_away, normed, brings, has_states, fetches_states, kept)
+        found = self._programs.get(key)
+        if found is None:
+            graph = LayerGraph(
+                self._profile,
+                i,
+                self._caches[i],
+                self._scale,
+                last=last,
+                offloaded=offloaded,
+                host_experts=host_experts,
+                experts="away" if experts_away else "here",
+                normed=normed,
+                brings={name: self.sizes[name] for name in brings},
+                has_states=has_states,
+                fetches_states=fetches_states,
+            )
+            exports = {RESIDUAL: graph.result, **graph.brought}
+            found = self._programs[key] = graph.tape.compile(exports, sizes=self.sizes, kept=kept)
+        return found
+
+    def _foreign(self, i: int) -> Program:
+        """The routed experts of a layer of another device, whose weights lie in RAM."""
+        key = ("experts", self._kinds[i])
+        if key not in self._programs:
+            graph = LayerGraph(self._profile, i, self._caches[i], self._scale, host_experts=True, experts="only")
+            graph.tape.use(graph.result)
+            self._programs[key] = graph.tape.compile({}, sizes=self.sizes, kept=frozenset(self.sizes))
+        return self._programs[key]
+
+    def _next_norm(self) -> Program:
+        """The first norm of the next device's first layer."""
+        key = "next norm"
+        if key not in self._programs:
+            tape = Tape()
+            result = tape.op(self.sizes[NORMED][0])
+            self._programs[key] = tape.compile({NORMED: result}, sizes={})
+        return self._programs[key]
+
+    def _output(self) -> Program:
+        """The last norm, the choice of rows, and the logits."""
+        key = "output"
+        if key in self._programs:
+            return self._programs[key]
+        profile, scale = self._profile, self._scale
+        tape = Tape()
+        family = family_of(profile.architecture)
+        encoder = family is not None and "encoder" in family.features
+        late = profile.architecture in LATE_OUTPUTS
+        tokens = scale.tokens if late or encoder else scale.outputs
+        width = profile.embedding_length
+        shifted = "output_norm.bias" in profile.model_tensors  # a LayerNorm, which never works in place
+        x = tape.op(width * tokens * F32, RESIDUAL, into=() if shifted else (RESIDUAL,))
+        exports = {}
+        if encoder:
+            mean = tape.op(scale.tokens * scale.tokens * F32)
+            exports[NORMED] = tape.op(width * F32, x, tape.op(width * tokens * F32, x), mean)
+        else:
+            if late:
+                exports[NORMED] = x
+                x = tape.op(width * scale.outputs * F32, x, OUTPUT_ROWS)
+            exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
+        found = self._programs[key] = tape.compile(exports, sizes=self.sizes, kept=frozenset((MASK, MASK - WINDOW)))
+        return found
+
+
+def layer_kinds(profile: ModelProfile) -> tuple[int, ...]:
+    """For each computed layer the first of its kind: one with equal tensors, an equal cache and an equal place in the model."""
+    found: tuple[int, ...] | None = profile.memo.get("layer_kinds")
+    if found is None:
+        first: dict[object, int] = {}
+        heads = profile.per_layer("attention.head_count")
+        sparse = profile.architecture == "gemma3n"
+        kinds = zip(profile.tensor_kinds, layer_caches(profile), heads, strict=True)
+        found = profile.memo["layer_kinds"] = tuple(
+            first.setdefault((tensors, id(cache), head_count, sparse and i < SPARSE_GEMMA3N_LAYERS), i)
+            for i, (tensors, cache, head_count) in enumerate(kinds)
+            if i < profile.n_computed_layers
+        )
+    return found
+
+
+def scales_embedding(profile: ModelProfile) -> bool:
+    """Whether the embedding is multiplied by a constant on the first device."""
+    architecture = profile.architecture
+    return (
+        architecture.startswith(("gemma", "minicpm"))
+        or architecture in {"afmoe", "grok"}
+        or bool(profile.metadata.get(f"{architecture}.embedding_scale"))
+    )
+
+
+def schedules_of(profile: ModelProfile, scale: Scale) -> Schedules:
+    """The schedules of a profile at a scale; made once."""
+    return profile.remember("schedules", scale, lambda: Schedules(profile, scale))
