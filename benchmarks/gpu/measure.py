@@ -1,10 +1,10 @@
 """Load a model in llama-server at given placements; record MiB per device and decode and prefill rates, one JSON line each.
 
-    python benchmarks/gpu/measure.py --server llama-server --model 32b.gguf --out rows.jsonl \
+    python -m benchmarks.gpu.measure --server llama-server --model 32b.gguf --out rows.jsonl \
         --case 'solo0:--device CUDA0 --split-mode none' --case 'split:--device CUDA1,CUDA0 --tensor-split 20,45'
 
 A case that stands in the output file already is not run again. ``--preload LIB`` and ``--env NAME=VALUE`` reach the server
-(to hold a card back). Standard library only, so that it runs wherever llama-server does.
+(to hold a card back).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import socket
 import statistics
@@ -21,12 +20,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
-BUFFER = re.compile(r"(\S+) (model|KV|RS|compute|output) buffer size =\s*([\d.]+) MiB")
+from benchmarks.gpu.serverlog import last_load
+
 LOAD_TIMEOUT_S = 240
 PROMPT_TOKENS = 2048
 DECODE_TOKENS = 96
+SAMPLING = {"temperature": 1.0}
 
 
 def used_mib() -> list[float]:
@@ -59,12 +61,12 @@ def wait_until_loaded(port: int, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError("the server ended or did not load in time")
 
 
-def rates(port: int, runs: int) -> dict[str, object]:
-    """Medians of ``runs`` runs: a prompt of 2048 tokens, then 96 tokens decoded, none of it from the prompt cache."""
+def rates(port: int, runs: int, answer_tokens: int, sampling: Mapping[str, float]) -> dict[str, object]:
+    """Medians of ``runs`` runs: a prompt of 2048 tokens, then the answer, none of it from the prompt cache."""
     decode, prefill = [], []
     for run in range(runs):
         prompt = [1000 + (7 * run + 13 * i) % 20000 for i in range(PROMPT_TOKENS)]
-        body = {"prompt": prompt, "n_predict": DECODE_TOKENS, "cache_prompt": False, "ignore_eos": True, "temperature": 1.0}
+        body = {"prompt": prompt, "n_predict": answer_tokens, "cache_prompt": False, "ignore_eos": True, **sampling}
         timings = post(port, "/completion", body)["timings"]
         assert isinstance(timings, dict)
         decode.append(timings["predicted_per_second"])
@@ -77,42 +79,40 @@ def rates(port: int, runs: int) -> dict[str, object]:
     }
 
 
-def measure(args: argparse.Namespace, name: str, placement: list[str]) -> dict[str, object]:
+def run_server(
+    server: str,
+    model: str,
+    arguments: list[str],
+    *,
+    environment: Mapping[str, str],
+    log_path: Path,
+    runs: int = 3,
+    answer_tokens: int = DECODE_TOKENS,
+    sampling: Mapping[str, float] = SAMPLING,
+) -> dict[str, object]:
+    """Starts llama-server with ``arguments``, measures it and ends it: one row."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [args.server, "--model", args.model, "--port", str(port), "--host", "127.0.0.1", "--offline", "--no-webui"]
-    command += ["-np", "1", "--flash-attn", "on", "--log-verbosity", "4", "--fit", "off", "-ngl", "999"]
-    command += shlex.split(args.args) + placement
-    environment = os.environ | dict(pair.split("=", 1) for pair in args.env)
-    if args.preload:
-        environment["LD_PRELOAD"] = args.preload
-    row: dict[str, object] = {
-        "case": name,
-        "model": Path(args.model).stem,
-        "args": shlex.split(args.args) + placement,
-        "env": args.env,
-    }
+    command = [server, "--model", model, "--port", str(port), "--host", "127.0.0.1", "--offline", "--no-webui"]
+    command += ["--log-verbosity", "4", *arguments]
+    row: dict[str, object] = {"args": arguments}
     before = used_mib()
-    log_path = Path(f"{args.out}.{name}.log")
     started = time.monotonic()
-    with log_path.open("wb") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:
+    with log_path.open("wb") as log, subprocess.Popen(command, env=dict(environment), stdout=log, stderr=log) as process:
         try:
-            wait_until_loaded(port, server)
+            wait_until_loaded(port, process)
             row["load_s"] = time.monotonic() - started
             row["used_mib_after_load"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
-            row |= rates(port, args.runs)
-            row["used_mib_after_runs"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
+            row |= rates(port, runs, answer_tokens, sampling)
+            row["used_mib"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
         except (RuntimeError, OSError, KeyError) as error:
             row["error"] = repr(error)
         finally:
-            server.terminate()
+            process.terminate()
     log_text = log_path.read_text(errors="replace")
-    buffers: dict[str, dict[str, float]] = {}
-    for device, kind, mib in BUFFER.findall(log_text):
-        kinds = buffers.setdefault(device, {})
-        kinds[kind] = kinds.get(kind, 0.0) + float(mib)
-    row["buffers_mib"] = buffers
+    loaded = last_load(log_text)
+    row |= {"order": loaded.order, "buffers_mib": loaded.buffers_mib}
     if "error" in row:
         row["log_tail"] = log_text[-1500:]
     return row
@@ -136,13 +136,18 @@ def main() -> int:
         name, _, placement = case.partition(":")
         if name in done:
             continue
-        row = measure(args, name, shlex.split(placement))
+        arguments = ["-np", "1", "--flash-attn", "on", "--fit", "off", "-ngl", "999"]
+        arguments += [*shlex.split(args.args), *shlex.split(placement)]
+        environment = os.environ | dict(pair.split("=", 1) for pair in args.env)
+        if args.preload:
+            environment["LD_PRELOAD"] = args.preload
+        log_path = Path(f"{args.out}.{name}.log")
+        row = {"case": name, "model": Path(args.model).stem, "env": args.env}
+        row |= run_server(args.server, args.model, arguments, environment=environment, log_path=log_path, runs=args.runs)
         with out.open("a") as rows:
             rows.write(json.dumps(row) + "\n")
         failed += "error" in row
-        summary = {
-            key: row.get(key) for key in ("case", "decode", "prefill", "load_s", "buffers_mib", "used_mib_after_runs", "error")
-        }
+        summary = {key: row.get(key) for key in ("case", "decode", "prefill", "load_s", "buffers_mib", "used_mib", "error")}
         print(json.dumps(summary), flush=True)
     return 1 if failed else 0
 

@@ -1,0 +1,332 @@
+"""Stock Ollama beside Ollama behind lopsided, on two NVIDIA GPUs, case by case, against every split as the truth.
+
+    python -m benchmarks.gpu.bench --ollama /usr/local/bin/ollama --models DIR --out rows.jsonl --hold 126
+
+``--models`` is a folder with the GGUF files that ``cases.toml`` names; ``python -m benchmarks.gpu.models`` writes them.
+``--hold`` keeps so many SMs of the second GPU busy in each llama-server, and each case's ``free_mib`` is brought about by
+filling the rest: both take nvcc. ``--as-is`` leaves the GPUs as they are. What stands in ``--out`` is not run again; the rows are
+read by ``python -m benchmarks.gpu.report``. Ollama is started on ports of its own, with a store of its own; yours is not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.measure import run_server, used_mib
+from benchmarks.gpu.models import SAMPLING
+from benchmarks.gpu.ollama import clean_environment, get, lopsided, make_store, make_tree, post, process, unload
+from benchmarks.gpu.serverlog import last_load
+from proxy.errors import GpuError
+from proxy.gpus.nvml import NvmlSource
+from proxy.gpus.static import StaticSource
+
+HERE = Path(__file__).parent
+STOCK, BEHIND, PROXY = (f"http://127.0.0.1:{port}" for port in (21434, 21435, 21436))
+WAYS = ("stock", "auto", "boost 1.0", "boost 1.75")
+RUNS = 3
+PROMPT_WORDS = 2000
+ANSWER_TOKENS = 96
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """What one run has: the two installations, the models, and where rows go."""
+
+    args: argparse.Namespace
+    work: Path
+    models: Path
+    server: Path
+    cases: dict[str, dict[str, Any]]
+    done: set[tuple[str, str]]
+
+    @property
+    def server_environment(self) -> dict[str, str]:
+        """What each llama-server needs, to hold the second GPU back."""
+        environment = clean_environment() | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if self.args.hold:
+            environment |= {"LD_PRELOAD": str(self.work / "hold.so"), "HOLD": f"1:{self.args.hold}"}
+        return environment
+
+    def add(self, case: str, way: str, row: dict[str, Any]) -> None:
+        """Appends a row and says it in a line."""
+        row = {"case": case, "way": way, "model": self.cases[case]["model"], "num_ctx": self.cases[case]["num_ctx"]} | row
+        with self.args.out.open("a") as rows:
+            rows.write(json.dumps(row) + "\n")
+        self.done.add((case, way))
+        said = [f"{row[key]:.1f} {key}" for key in ("decode", "prefill", "load_s") if row.get(key)]
+        print(f"{time.strftime('%X')} {case:12} {way:12} {' '.join(said)} {row.get('error', '')[:300]}", flush=True)
+
+    def open(self, case: str, way: str) -> bool:
+        """Whether this is still to be run, and wanted."""
+        wanted = not self.args.only or case in self.args.only
+        kind = "sweep" if way.startswith("sweep") else way
+        return wanted and (case, way) not in self.done and (not self.args.ways or kind in self.args.ways)
+
+
+@contextmanager
+def filled(bench: Bench, case: dict[str, Any]) -> Iterator[None]:
+    """GPUs with as much memory free as the case says."""
+    if bench.args.as_is or "free_mib" not in case or not used_mib():
+        yield
+        return
+    leave = [str(word) for gpu, mib in enumerate(case["free_mib"]) for word in (gpu, mib)]
+    with subprocess.Popen([str(bench.work / "fill"), *leave], stdout=subprocess.PIPE, env=clean_environment()) as fill:
+        assert fill.stdout
+        for _ in case["free_mib"]:
+            fill.stdout.readline()
+        try:
+            yield
+        finally:
+            fill.kill()
+
+
+def sweep(bench: Bench, name: str) -> None:
+    """Every split of the case on llama-server itself, with the batch that Ollama would take."""
+    case = bench.cases[name]
+    batch = 2048 if case["num_ctx"] > 32768 else 1024 if case["num_ctx"] > 4096 else 512
+    for split in case["sweep"]:
+        if not bench.open(name, way := f"sweep {split}"):
+            continue
+        slow, fast = split.split(",")
+        gpus = [gpu for gpu, layers in ((1, slow), (0, fast)) if layers != "0"]
+        arguments = ["-c", str(case["num_ctx"]), "-b", str(batch), "-ub", str(batch), "-np", "1", "--flash-attn", "auto"]
+        arguments += ["-ngl", str(sum(map(int, split.split(",")))), "--fit", "off"]
+        arguments += ["--device", ",".join(f"{bench.args.device}{gpu}" for gpu in gpus)]
+        arguments += ["--tensor-split", split] if len(gpus) > 1 else ["--split-mode", "none", "--main-gpu", "0"]
+        bench.add(
+            name,
+            way,
+            run_server(
+                str(bench.server),
+                str(bench.models / f"{case['model']}.gguf"),
+                arguments,
+                environment=bench.server_environment,
+                log_path=bench.work / f"{name}.{split}.log",
+                runs=RUNS,
+                answer_tokens=ANSWER_TOKENS,
+                sampling=SAMPLING,
+            ),
+        )
+
+
+def ask(url: str, model: str, num_ctx: int, prompt: str, tokens: int) -> dict[str, Any]:
+    """One answer of ``/api/generate``, whole."""
+    options = {**SAMPLING, "num_ctx": num_ctx, "num_predict": tokens}
+    return post(
+        f"{url}/api/generate",
+        {"model": model, "prompt": prompt, "raw": True, "stream": False, "keep_alive": "10m", "options": options},
+    )
+
+
+def through_ollama(url: str, case: dict[str, Any], log: Path) -> dict[str, Any]:
+    """Loads the case's model through ``url`` and measures it; ``log`` is that Ollama's."""
+    model, num_ctx = case["model"], case["num_ctx"]
+    row: dict[str, Any] = {}
+    try:
+        if "first" in case:
+            ask(url, case["first"], case["first_num_ctx"], "one two", 4)
+        before, begin = used_mib(), log.stat().st_size
+        row["free_mib_before"] = free_mib()
+        row["load_s"] = ask(url, model, num_ctx, "one two", 4)["load_duration"] / 1e9
+        answers = []
+        for run in range(RUNS):
+            prompt = " ".join(f"{chr(97 + (run + i) % 26)}{chr(97 + i // 26 % 26)}" for i in range(PROMPT_WORDS // 2))
+            answers.append(ask(url, model, num_ctx, prompt, ANSWER_TOKENS))
+        row["decode_runs"] = [a["eval_count"] / a["eval_duration"] * 1e9 for a in answers]
+        row["prefill_runs"] = [a["prompt_eval_count"] / a["prompt_eval_duration"] * 1e9 for a in answers]
+        row["prompt_tokens"] = answers[-1]["prompt_eval_count"]
+        row["decode"], row["prefill"] = map(statistics.median, (row["decode_runs"], row["prefill_runs"]))
+        row["used_mib"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
+        row["loaded"] = [
+            {key: entry[key] for key in ("name", "size", "size_vram", "context_length")}
+            for entry in get(f"{url}/api/ps")["models"]
+        ]
+        if "first" in case:  # still there, or thrown out for the second?
+            row["first_load_s"] = ask(url, case["first"], case["first_num_ctx"], "one two", 4).get("load_duration", 0) / 1e9
+    except (RuntimeError, OSError, KeyError, ZeroDivisionError) as error:
+        row["error"] = repr(error)
+        begin = 0
+    with log.open("rb") as file:
+        file.seek(begin)
+        text = file.read().decode(errors="replace")
+    loaded = last_load(text)
+    row |= {"order": loaded.order, "buffers_mib": loaded.buffers_mib, "fit_s": loaded.fit_s}
+    row["commands"] = [line for line in text.splitlines() if "starting llama-server" in line][-3:]
+    row["out_of_memory"] = text.count("out of memory")
+    return row
+
+
+def free_mib() -> list[float]:
+    """MiB free on each GPU; an empty list without NVIDIA's tools."""
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [float(line) for line in out.stdout.split()]
+
+
+def held_share(out: Path) -> float:
+    """What is left of the second GPU: its decode rate over the first's, by the rows where each ran a model alone; 1 without."""
+    decode: dict[str, dict[bool, float]] = {}
+    for row in map(json.loads, out.read_text().splitlines() if out.exists() else []):
+        if row["case"].startswith("solo-") and "decode" in row:
+            decode.setdefault(row["case"], {})[row["way"].startswith("sweep 0,")] = row["decode"]
+    shares = [rates[False] / rates[True] for rates in decode.values() if len(rates) == 2]
+    return statistics.median(shares) if shares else 1.0
+
+
+def held_profile(path: Path, share: float) -> None:
+    """The cards as they are now, the second with ``share`` of its power: no driver says that a card is held back."""
+    try:
+        gpus = NvmlSource().rig().gpus
+    except GpuError:
+        gpus = StaticSource.from_arguments(["RTX 5090:8GiB", "RTX 5090:8GiB"]).rig().gpus
+    lines = []
+    for index, gpu in enumerate(gpus):
+        part = share if index else 1.0
+        lines += ["[[gpu]]", f'name = "{gpu.name}"', f'total = "{gpu.total_bytes}B"', f'free = "{gpu.free_bytes}B"']
+        if gpu.compute_capability:
+            lines.append('compute_capability = "{}.{}"'.format(*gpu.compute_capability))
+        if gpu.sm_count and gpu.clock_mhz:
+            lines += [f"sm_count = {max(round(gpu.sm_count * part), 1)}", f"clock_mhz = {gpu.clock_mhz}"]
+        if gpu.bandwidth_bytes_per_s:
+            lines.append(f'bandwidth = "{gpu.bandwidth_bytes_per_s * part:.0f}B"')
+    path.write_text("\n".join(lines) + "\n")
+
+
+def behind(bench: Bench, name: str, way: str) -> None:
+    """One case through lopsided, tuned as ``way`` says."""
+    case = bench.cases[name]
+    environment = clean_environment() | {
+        "LOPSIDED_HOST": PROXY.removeprefix("http://"),
+        "LOPSIDED_UPSTREAM": BEHIND,
+        "LOPSIDED_STATE": str(bench.work / "state"),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+    if way != "auto":
+        environment["OLLAMA_SCHED_COMPUTE_BOOST"] = way.removeprefix("boost ")
+    if way != "auto" or not bench.args.calibrated:
+        held_profile(profile := bench.work / "profile.toml", held_share(bench.args.out))
+        environment["LOPSIDED_PROFILE"] = str(profile)
+    log = bench.work / "lopsided.log"
+    with process(lopsided(["serve"]), log=log, url=f"{PROXY}/lopsided/health", environment=environment):
+        begin = log.stat().st_size
+        times = []
+        row: dict[str, Any] = {}
+        if "first" not in case:
+            for _ in range(3):
+                started = time.monotonic()
+                plan = get(f"{PROXY}/lopsided/plan?model={case['model']}&num_ctx={case['num_ctx']}")
+                times.append(time.monotonic() - started)
+            row = {"plan_s": times, "plan": plan["plan"], "stock_plan": plan["stock"]}
+        row |= through_ollama(PROXY, case, bench.work / "behind.log")
+        row["models"] = get(f"{PROXY}/lopsided/models")
+        unload(BEHIND)
+        row["said"] = log.read_text(errors="replace")[begin:][-4000:]
+    bench.add(name, way, row)
+
+
+def build_tools(work: Path) -> None:
+    """``hold.so`` and ``fill``, by nvcc."""
+    if not (work / "fill").exists():
+        subprocess.run(
+            ["nvcc", "-O2", "-shared", "-Xcompiler", "-fPIC", "-arch=native", "-o", str(work / "hold.so"), str(HERE / "hold.cu")],
+            check=True,
+        )
+        subprocess.run(["nvcc", "-O2", "-arch=native", "-o", str(work / "fill"), str(HERE / "fill.cu")], check=True)
+
+
+def run(bench: Bench) -> None:
+    """Every case, every way."""
+    ollama_environment = bench.server_environment | {
+        "OLLAMA_MODELS": str(bench.work / "store"),
+        "OLLAMA_NOPRUNE": "1",
+        "OLLAMA_DEBUG": "1",
+        "HOME": str(bench.work),
+    }
+    if bench.args.calibrated:
+        raise SystemExit("--calibrated: not yet")
+    with ExitStack() as running:
+        servers: list[tuple[str, str, dict[str, str]]] = [
+            ("stock", STOCK, {}),
+            ("behind", BEHIND, {"OLLAMA_SCHED_SPREAD": "1", "LOPSIDED_URL": PROXY}),
+        ]
+        for tree, url, more in servers:
+            environment = ollama_environment | more | {"OLLAMA_HOST": url.removeprefix("http://")}
+            command = [str(bench.work / tree / "bin" / "ollama"), "serve"]
+            log = bench.work / f"{tree}.log"
+            running.enter_context(process(command, log=log, url=f"{url}/api/version", environment=environment))
+        for name, case in bench.cases.items():
+            todo = [way for way in case.get("ways", WAYS) if bench.open(name, way)]
+            splits = [split for split in case["sweep"] if bench.open(name, f"sweep {split}")]
+            if not todo and not splits:
+                continue
+            with filled(bench, case):
+                for way in todo:
+                    if way == "stock":
+                        row = through_ollama(STOCK, case, bench.work / "stock.log")
+                        unload(STOCK)
+                        bench.add(name, way, row)
+                    else:
+                        behind(bench, name, way)
+                sweep(bench, name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ollama", type=Path, default=Path("/usr/local/bin/ollama"), help="Ollama's binary, 0.30 or newer")
+    parser.add_argument("--models", type=Path, required=True, help="a folder with NAME.gguf of each case")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--work", type=Path, default=Path(".cache/bench-gpu"), help="for logs, tools and Ollama's store")
+    parser.add_argument("--cases", type=Path, default=HERE / "cases.toml")
+    parser.add_argument("--only", nargs="*", default=[], help="these cases")
+    parser.add_argument("--ways", nargs="*", default=[], help=f"these of {', '.join(WAYS)}, sweep")
+    parser.add_argument("--hold", type=int, default=0, metavar="SMS", help="SMs of the second GPU to keep busy")
+    parser.add_argument("--as-is", action="store_true", help="leave the GPUs' memory as it is")
+    parser.add_argument(
+        "--calibrated", action="store_true", help="let `lopsided calibrate` find the cards' rates, instead of --share"
+    )
+    parser.add_argument("--device", default="CUDA", help="what llama-server calls the GPUs, without the number")
+    args = parser.parse_args()
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    cases = tomllib.loads(args.cases.read_text())
+    models = {name for case in cases.values() for name in (case["model"], case.get("first")) if name}
+    make_store(work / "store", {name: args.models.resolve() / f"{name}.gguf" for name in models})
+    make_tree(work / "stock", args.ollama)
+    library = make_tree(work / "behind", args.ollama)
+    subprocess.run(
+        lopsided(["launcher", "install", "--lib", str(library), "--url", PROXY]), check=True, stdout=subprocess.DEVNULL
+    )
+    if (args.hold or not args.as_is) and used_mib():
+        build_tools(work)
+    lines = args.out.read_text().splitlines() if args.out.exists() else []
+    done = {(row["case"], row["way"]) for row in map(json.loads, lines)}
+    run(
+        Bench(
+            args=args,
+            work=work,
+            models=args.models.resolve(),
+            server=args.ollama.resolve().parent.parent / "lib/ollama/llama-server",
+            cases=cases,
+            done=done,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

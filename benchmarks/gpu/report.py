@@ -1,0 +1,206 @@
+"""The rows of ``benchmarks.gpu.bench`` as tables, with what was predicted for each, and which promises hold.
+
+    python -m benchmarks.gpu.report rows.jsonl [--control equal.jsonl]
+
+Predicted speeds rest on the ``solo-…`` cases alone: each model's rate on each GPU by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.models import profile
+from benchmarks.gpu.serverlog import COMMAND, Loaded, placement_of
+from planner.hardware import Gpu, Host, Rig
+from planner.memory import estimate_memory
+from planner.placement import Placement
+from planner.profile import ModelProfile
+from planner.request import RUNTIME_BYTES
+from planner.settings import LoadSettings
+from planner.speed import Calibration, predict_speed, solo_rates
+from planner.units import MIB
+
+DEVICES = ("CUDA0", "CUDA1")
+RIG = Rig(
+    gpus=tuple(Gpu(uuid=device, name=device, total_bytes=140 * 2**30, free_bytes=140 * 2**30) for device in DEVICES), host=Host()
+)
+TOKENS = 2048 + 96 // 2
+"""Tokens in the context, halfway through an answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """A row, understood: ``parts`` is printed and predicted MiB by device, ``used`` NVML's and the predicted total."""
+
+    row: dict[str, Any]
+    placement: Placement
+    settings: LoadSettings
+    parts: tuple[tuple[float, float], ...]
+    used: tuple[tuple[float, float], ...]
+
+    @property
+    def layers(self) -> str:
+        """``fast + slow (+ CPU)``, the output layer counted."""
+        said = " + ".join(map(str, self.placement.shares))
+        return f"{said} + {self.placement.cpu_layers} CPU" if self.placement.cpu_layers else said
+
+
+def arguments(row: dict[str, Any]) -> dict[str, str]:
+    """Flags and values of the llama-server that ran; a flag given twice counts as given last."""
+    words = list(row.get("args", ()))
+    if row.get("commands"):
+        command = COMMAND.search(row["commands"][-1])
+        words = shlex.split(command[1])[1:] if command else words
+        appended = re.findall(r"INFO [^\n]*?: (--[^\n]*)", row.get("said", ""))
+        words += appended[-1].split() if appended else []
+    return {word: words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("-")}
+
+
+def settings_of(row: dict[str, Any]) -> LoadSettings:
+    """The settings of the load."""
+    given = arguments(row)
+    batch = int(given["-b"])
+    return LoadSettings(num_ctx=int(given["-c"]), parallel=1, batch=batch, ubatch=min(int(given["-ub"]), batch), outputs=1)
+
+
+def understood(row: dict[str, Any]) -> Load:
+    """Raises ``ValueError`` where the log does not say where the layers went."""
+    model, settings = known(row["model"]), settings_of(row)
+    loaded = Loaded(order=tuple(row["order"]), buffers_mib=row["buffers_mib"], fit_s=row.get("fit_s"))
+    placement = placement_of(loaded, model, settings, DEVICES)
+    memory = estimate_memory(model, settings, placement, runtime_bytes=(RUNTIME_BYTES,) * 2)
+    parts, used = [], []
+    for index, (device, predicted) in enumerate(zip(DEVICES, memory.devices, strict=True)):
+        if index in placement.order:
+            buffers = row["buffers_mib"][device]
+            printed = sum(buffers.get(kind, 0.0) for kind in ("model", "KV", "compute"))
+            parts.append((printed, (predicted.total_bytes - predicted.runtime_bytes) / MIB))
+            used.append((row["used_mib"][index] if row.get("used_mib") else printed, predicted.total_bytes / MIB))
+    return Load(row=row, placement=placement, settings=settings, parts=tuple(parts), used=tuple(used))
+
+
+@cache
+def known(model: str) -> ModelProfile:
+    return profile(model)
+
+
+def calibrations(loads: Iterable[Load]) -> dict[str, Calibration]:
+    """By model: what its two solo rows say about the GPUs."""
+    rates: dict[str, dict[str, tuple[float, float]]] = {}
+    for load in loads:
+        row = load.row
+        if row["case"].startswith("solo-"):
+            model = row["model"]
+            settings = LoadSettings(num_ctx=TOKENS, batch=load.settings.batch, ubatch=load.settings.ubatch)
+            learned = solo_rates(known(model), settings, decode_tokens_per_s=row["decode"], prefill_tokens_per_s=row["prefill"])
+            rates.setdefault(model, {})[DEVICES[load.placement.order[0]]] = learned
+    return {model: Calibration(rates=found) for model, found in rates.items()}
+
+
+def predicted_decode(load: Load, calibration: Calibration | None) -> float | None:
+    """Tokens/s; ``None`` where a part on the CPU or an uncalibrated GPU makes it another question."""
+    if calibration is None or load.placement.kind not in ("solo", "split"):
+        return None
+    settings = LoadSettings(num_ctx=TOKENS, batch=load.settings.batch, ubatch=load.settings.ubatch)
+    return predict_speed(known(load.row["model"]), RIG, settings, load.placement, calibration).decode_tokens_per_s
+
+
+def table(title: str, loads: list[Load], failed: list[dict[str, Any]], learned: dict[str, Calibration]) -> Iterator[str]:
+    """One case in Markdown."""
+    stock = next((load.row["decode"] for load in loads if load.row["way"] == "stock"), None)
+    yield f"\n### {title}\n"
+    yield "| way | layers fast + slow | decode tok/s | × stock | predicted | prefill tok/s | load s | MiB by NVML | predicted |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for load in loads:
+        row = load.row
+        predicted = predicted_decode(load, learned.get(row["model"]))
+        times = f"{row['decode'] / stock:.2f}" if stock else ""
+        speed = f"{predicted:.1f}" if predicted else ""
+        nvml, expected = (" + ".join(f"{pair[i]:.0f}" for pair in load.used) for i in (0, 1))
+        yield (
+            f"| {row['way']} | {load.layers} | {row['decode']:.1f} | {times} | {speed} | {row['prefill']:.0f} "
+            f"| {row['load_s']:.1f} | {nvml} | {expected} |"
+        )
+    for row in failed:
+        reason = "out of memory" if "memory" in json.dumps(row) else "failed"
+        yield f"| {row['way']} | {reason} | | | | | | | |"
+
+
+def verdicts(cases: dict[str, list[Load]], failed: list[dict[str, Any]], learned: dict[str, Calibration]) -> Iterator[str]:
+    """Each promise, and by how much it is kept."""
+    best_of_sweep, of_stock = {}, {}
+    errors, buffers, nvml = [], [], []
+    for name, loads in cases.items():
+        by_way = {load.row["way"]: load.row["decode"] for load in loads}
+        sweep = [decode for way, decode in by_way.items() if way.startswith("sweep")]
+        if "auto" in by_way and sweep:
+            best_of_sweep[name] = by_way["auto"] / max(sweep)
+        if "auto" in by_way and "stock" in by_way:
+            of_stock[name] = by_way["auto"] / by_way["stock"]
+        for load in loads:
+            predicted = predicted_decode(load, learned.get(load.row["model"]))
+            if predicted and not name.startswith("solo-"):
+                errors.append((abs(predicted / load.row["decode"] - 1), f"{name} {load.row['way']}"))
+            for pairs, found in ((load.parts, buffers), (load.used, nvml)):
+                found += [(abs(is_ - was), abs(is_ / was - 1), f"{name} {load.row['way']}") for was, is_ in pairs]
+    yield "| promise | seen |\n|---|---|"
+    for what, ratios, least in (("the best of the sweep", best_of_sweep, 0.97), ("stock", of_stock, 0.99)):
+        said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        yield f"| automatic ≥ {least} × {what} | {said} |"
+    if errors:
+        yield f"| decode predicted within 10 % | {sum(e <= 0.1 for e, _ in errors)} of {len(errors)}; worst {_worst(errors)} |"
+    for what, found in (("buffers as llama-server prints them", buffers), ("memory in use by NVML", nvml)):
+        if found:
+            fine = sum(mib <= 128 or part <= 0.02 for mib, part, _ in found)
+            mib, part, where = max(found)
+            yield f"| {what}, within 2 % or 128 MiB | {fine} of {len(found)}; worst {mib:.0f} MiB ({part:.1%}), {where} |"
+    ours = [f"{row['case']} {row['way']}" for row in failed if not row["way"].startswith("sweep")]
+    yield f"| no load of Ollama's failed | {', '.join(ours) or 'none did'} |"
+    fits = sorted(load.row["fit_s"] for loads in cases.values() for load in loads if load.row.get("fit_s"))
+    plans = sorted(t for loads in cases.values() for load in loads for t in load.row.get("plan_s", ()))
+    if fits and plans:
+        yield (
+            f"| time to place a model | `--fit` {fits[0]:.2f} to {fits[-1]:.2f} s; a plan over HTTP {plans[0] * 1e3:.0f} "
+            f"to {plans[-1] * 1e3:.0f} ms, median {plans[len(plans) // 2] * 1e3:.0f} |"
+        )
+
+
+def _worst(errors: list[tuple[float, str]]) -> str:
+    error, where = max(errors)
+    return f"{error:.1%} ({where})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--cases", type=Path, default=Path(__file__).parent / "cases.toml")
+    args = parser.parse_args()
+    titles = {name: case["title"] for name, case in tomllib.loads(args.cases.read_text()).items()}
+    cases: dict[str, list[Load]] = {}
+    failed: dict[str, list[dict[str, Any]]] = {}
+    for row in map(json.loads, args.rows.read_text().splitlines()):
+        if "error" in row or "decode" not in row:
+            failed.setdefault(row["case"], []).append(row)
+            continue
+        try:
+            cases.setdefault(row["case"], []).append(understood(row))
+        except (ValueError, KeyError, IndexError) as error:
+            print(f"<!-- {row['case']} {row['way']}: {error!r} -->")
+    learned = calibrations(load for loads in cases.values() for load in loads)
+    print("\n".join(verdicts(cases, [row for rows in failed.values() for row in rows], learned)))
+    for name, title in titles.items():
+        if name in cases or name in failed:
+            print("\n".join(table(f"{name}: {title}", cases.get(name, []), failed.get(name, []), learned)))
+
+
+if __name__ == "__main__":
+    main()
