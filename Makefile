@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
 	--python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help setup demo test lint format types wheel readme lock clean
+.PHONY: help setup demo test lint format types wheel bench-gpu readme lock clean
 
 help:  ## what there is
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## a virtual environment in .venv with the pinned dependencies
 
@@ -35,6 +35,10 @@ types: $(STAMP)  ## mypy --strict
 
 wheel: $(STAMP)  ## dist/lopsided-*.whl
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+bench-gpu: $(STAMP)  ## stock Ollama beside lopsided on this machine's two NVIDIA GPUs (docs/benchmarks.md; ARGS=…)
+	@$(BIN)/python -m benchmarks.gpu.bench --out bench-gpu.jsonl $(ARGS)
+	@$(BIN)/python -m benchmarks.gpu.report bench-gpu.jsonl
 
 readme: $(STAMP)  ## the demo's table in the README, as it is printed now
 	@$(BIN)/python -m tests.test_readme

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu.bench --ollama /usr/local/bin/ollama --models DIR --out rows.jsonl --hold 126
 
-``--models`` is a folder with the GGUF files that ``cases.toml`` names; ``python -m benchmarks.gpu.models`` writes them.
+``--models`` is a folder with the GGUF files that ``cases.toml`` names; those of ``benchmarks.gpu.models`` are made there.
 ``--hold`` keeps so many SMs of the second GPU busy in each llama-server, and each case's ``free_mib`` is brought about by
 filling the rest: both take nvcc. ``--as-is`` leaves the GPUs as they are. What stands in ``--out`` is not run again; the rows are
 read by ``python -m benchmarks.gpu.report``. Ollama is started on ports of its own, with a store of its own; yours is not touched.
@@ -20,13 +20,15 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.measure import run_server, used_mib
-from benchmarks.gpu.models import SAMPLING
+from benchmarks.gpu.measure import asked, run_server, used_mib
+from benchmarks.gpu.models import SAMPLING, SHAPES, write
 from benchmarks.gpu.ollama import clean_environment, get, lopsided, make_store, make_tree, post, process, unload
 from benchmarks.gpu.serverlog import last_load
+from planner.units import MIB
 from proxy.errors import GpuError
 from proxy.gpus.nvml import NvmlSource
 from proxy.gpus.static import StaticSource
@@ -35,7 +37,7 @@ HERE = Path(__file__).parent
 STOCK, BEHIND, PROXY = (f"http://127.0.0.1:{port}" for port in (21434, 21435, 21436))
 WAYS = ("stock", "auto", "boost 1.0", "boost 1.75")
 RUNS = 3
-PROMPT_WORDS = 2000
+PROMPT_WORDS = 1850
 ANSWER_TOKENS = 96
 
 
@@ -55,12 +57,13 @@ class Bench:
         """What each llama-server needs, to hold the second GPU back."""
         environment = clean_environment() | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         if self.args.hold:
-            environment |= {"LD_PRELOAD": str(self.work / "hold.so"), "HOLD": f"1:{self.args.hold}"}
+            environment |= {"LD_PRELOAD": str(self.work / "hold.so"), "HOLD": f"{pci_ids()[1]}={self.args.hold}"}
         return environment
 
     def add(self, case: str, way: str, row: dict[str, Any]) -> None:
         """Appends a row and says it in a line."""
         row = {"case": case, "way": way, "model": self.cases[case]["model"], "num_ctx": self.cases[case]["num_ctx"]} | row
+        row["held_sms"] = self.args.hold
         with self.args.out.open("a") as rows:
             rows.write(json.dumps(row) + "\n")
         self.done.add((case, way))
@@ -141,13 +144,13 @@ def through_ollama(url: str, case: dict[str, Any], log: Path) -> dict[str, Any]:
         row["load_s"] = ask(url, model, num_ctx, "one two", 4)["load_duration"] / 1e9
         answers = []
         for run in range(RUNS):
-            prompt = " ".join(f"{chr(97 + (run + i) % 26)}{chr(97 + i // 26 % 26)}" for i in range(PROMPT_WORDS // 2))
+            prompt = " ".join(f"{chr(97 + (run + i) % 26)}{chr(97 + i // 26 % 26)}" for i in range(PROMPT_WORDS))
             answers.append(ask(url, model, num_ctx, prompt, ANSWER_TOKENS))
         row["decode_runs"] = [a["eval_count"] / a["eval_duration"] * 1e9 for a in answers]
         row["prefill_runs"] = [a["prompt_eval_count"] / a["prompt_eval_duration"] * 1e9 for a in answers]
         row["prompt_tokens"] = answers[-1]["prompt_eval_count"]
         row["decode"], row["prefill"] = map(statistics.median, (row["decode_runs"], row["prefill_runs"]))
-        row["used_mib"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
+        row["used_mib_after_runs"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
         row["loaded"] = [
             {key: entry[key] for key in ("name", "size", "size_vram", "context_length")}
             for entry in get(f"{url}/api/ps")["models"]
@@ -160,7 +163,7 @@ def through_ollama(url: str, case: dict[str, Any], log: Path) -> dict[str, Any]:
     with log.open("rb") as file:
         file.seek(begin)
         text = file.read().decode(errors="replace")
-    loaded = last_load(text)
+    loaded = last_load(text, pci_ids())
     row |= {"order": loaded.order, "buffers_mib": loaded.buffers_mib, "fit_s": loaded.fit_s}
     row["commands"] = [line for line in text.splitlines() if "starting llama-server" in line][-3:]
     row["out_of_memory"] = text.count("out of memory")
@@ -169,13 +172,13 @@ def through_ollama(url: str, case: dict[str, Any], log: Path) -> dict[str, Any]:
 
 def free_mib() -> list[float]:
     """MiB free on each GPU; an empty list without NVIDIA's tools."""
-    try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [float(line) for line in out.stdout.split()]
+    return [float(line) for line in asked("memory.free")]
+
+
+@cache
+def pci_ids() -> tuple[str, ...]:
+    """As CUDA writes them: a domain of four digits."""
+    return tuple(line.strip().lower()[-12:] for line in asked("pci.bus_id"))
 
 
 def held_share(out: Path) -> float:
@@ -197,13 +200,18 @@ def held_profile(path: Path, share: float) -> None:
     lines = []
     for index, gpu in enumerate(gpus):
         part = share if index else 1.0
-        lines += ["[[gpu]]", f'name = "{gpu.name}"', f'total = "{gpu.total_bytes}B"', f'free = "{gpu.free_bytes}B"']
+        lines += [
+            "[[gpu]]",
+            f'name = "{gpu.name}"',
+            f'total = "{gpu.total_bytes // MIB}MiB"',
+            f'free = "{gpu.free_bytes // MIB}MiB"',
+        ]
         if gpu.compute_capability:
             lines.append('compute_capability = "{}.{}"'.format(*gpu.compute_capability))
         if gpu.sm_count and gpu.clock_mhz:
             lines += [f"sm_count = {max(round(gpu.sm_count * part), 1)}", f"clock_mhz = {gpu.clock_mhz}"]
         if gpu.bandwidth_bytes_per_s:
-            lines.append(f'bandwidth = "{gpu.bandwidth_bytes_per_s * part:.0f}B"')
+            lines.append(f'bandwidth = "{gpu.bandwidth_bytes_per_s * part / 1e9:.0f}GB"')
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -249,6 +257,38 @@ def build_tools(work: Path) -> None:
         subprocess.run(["nvcc", "-O2", "-arch=native", "-o", str(work / "fill"), str(HERE / "fill.cu")], check=True)
 
 
+def tuned(bench: Bench) -> int:
+    """How many SMs to hold so that the second GPU decodes at 0.38 to 0.46 of the first's rate, by trying on the first case."""
+    case = next(iter(bench.cases.values()))
+    rates: dict[int, float] = {}
+
+    def rate(gpu: int, sms: int) -> float:
+        arguments = ["-c", "4096", "-b", "512", "-ub", "512", "-ngl", "999", "--fit", "off", "--device", f"CUDA{gpu}"]
+        bench.args.hold = sms
+        row = run_server(
+            str(bench.server),
+            str(bench.models / f"{case['model']}.gguf"),
+            [*arguments, "--split-mode", "none"],
+            environment=bench.server_environment,
+            log_path=bench.work / "hold.log",
+            runs=2,
+            answer_tokens=48,
+            sampling=SAMPLING,
+        )
+        return float(row.get("decode", 0.0))  # type: ignore[arg-type]
+
+    first = rate(0, 0)
+    low, high = 0, 2 * NvmlSource().rig().gpus[1].sm_count  # twice as many as there are: two kernels in flight
+    for _ in range(8):
+        sms = (low + high) // 2
+        rates[sms] = rate(1, sms) / first
+        print(f"{sms} SMs held: {rates[sms]:.2f} of the first GPU's decode rate", flush=True)
+        if 0.38 <= rates[sms] <= 0.46:
+            break
+        low, high = (sms, high) if rates[sms] > 0.46 else (low, sms)
+    return min(rates, key=lambda sms: abs(rates[sms] - 0.42))
+
+
 def run(bench: Bench) -> None:
     """Every case, every way."""
     ollama_environment = bench.server_environment | {
@@ -276,25 +316,30 @@ def run(bench: Bench) -> None:
                 continue
             with filled(bench, case):
                 for way in todo:
-                    if way == "stock":
-                        row = through_ollama(STOCK, case, bench.work / "stock.log")
-                        unload(STOCK)
-                        bench.add(name, way, row)
-                    else:
-                        behind(bench, name, way)
+                    try:
+                        if way == "stock":
+                            row = through_ollama(STOCK, case, bench.work / "stock.log")
+                            unload(STOCK)
+                            bench.add(name, way, row)
+                        else:
+                            behind(bench, name, way)
+                    except (RuntimeError, OSError) as error:  # to be run again
+                        print(f"{name} {way}: {error}", file=sys.stderr, flush=True)
                 sweep(bench, name)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ollama", type=Path, default=Path("/usr/local/bin/ollama"), help="Ollama's binary, 0.30 or newer")
-    parser.add_argument("--models", type=Path, required=True, help="a folder with NAME.gguf of each case")
+    parser.add_argument(
+        "--models", type=Path, default=Path(".cache/bench-gpu/models"), help="NAME.gguf of each case; written if missing"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
     parser.add_argument("--work", type=Path, default=Path(".cache/bench-gpu"), help="for logs, tools and Ollama's store")
     parser.add_argument("--cases", type=Path, default=HERE / "cases.toml")
     parser.add_argument("--only", nargs="*", default=[], help="these cases")
     parser.add_argument("--ways", nargs="*", default=[], help=f"these of {', '.join(WAYS)}, sweep")
-    parser.add_argument("--hold", type=int, default=0, metavar="SMS", help="SMs of the second GPU to keep busy")
+    parser.add_argument("--hold", default="0", metavar="SMS", help="SMs of the second GPU to keep busy, or auto")
     parser.add_argument("--as-is", action="store_true", help="leave the GPUs' memory as it is")
     parser.add_argument(
         "--calibrated", action="store_true", help="let `lopsided calibrate` find the cards' rates, instead of --share"
@@ -305,26 +350,30 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     cases = tomllib.loads(args.cases.read_text())
     models = {name for case in cases.values() for name in (case["model"], case.get("first")) if name}
+    for name in sorted(models & SHAPES.keys()):
+        if not (file := args.models / f"{name}.gguf").exists():
+            print(f"writing {file}", flush=True)
+            write(file, name)
     make_store(work / "store", {name: args.models.resolve() / f"{name}.gguf" for name in models})
     make_tree(work / "stock", args.ollama)
     library = make_tree(work / "behind", args.ollama)
     subprocess.run(
         lopsided(["launcher", "install", "--lib", str(library), "--url", PROXY]), check=True, stdout=subprocess.DEVNULL
     )
-    if (args.hold or not args.as_is) and used_mib():
+    if (args.hold != "0" or not args.as_is) and used_mib():
         build_tools(work)
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(row["case"], row["way"]) for row in map(json.loads, lines)}
-    run(
-        Bench(
-            args=args,
-            work=work,
-            models=args.models.resolve(),
-            server=args.ollama.resolve().parent.parent / "lib/ollama/llama-server",
-            cases=cases,
-            done=done,
-        )
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    bench = Bench(
+        args=args,
+        work=work,
+        models=args.models.resolve(),
+        server=args.ollama.resolve().parent.parent / "lib/ollama/llama-server",
+        cases=cases,
+        done={(row["case"], row["way"]) for row in rows},
     )
+    held = next((row["held_sms"] for row in rows), None) if args.hold == "auto" else int(args.hold)
+    args.hold = tuned(bench) if held is None else held
+    run(bench)
     return 0
 
 

@@ -1,10 +1,13 @@
 // Holds a GPU back from inside llama-server's process, so that it runs like a smaller one:
 //     nvcc -O2 -shared -Xcompiler -fPIC -o hold.so hold.cu
-//     LD_PRELOAD=./hold.so HOLD=1:126 llama-server …
-// keeps 126 SMs of the process's device 1 busy with short kernels whose blocks take a whole SM's shared memory each.
+//     LD_PRELOAD=./hold.so HOLD=0000:07:00.0=126 llama-server …
+// keeps 126 SMs of that device (its PCI id, as nvidia-smi prints it) busy with short kernels whose blocks take a whole SM's
+// shared memory each; in processes that load a model, not in those that only list devices.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <string>
 #include <thread>
 
 static std::atomic<bool> ended{false};
@@ -16,11 +19,28 @@ __global__ void spin(long long cycles) {
   while (clock64() - start < cycles) __nanosleep(500);
 }
 
-static void hold(int device, int sms) {
+static bool loads_a_model() {
+  FILE *file = fopen("/proc/self/cmdline", "r");
+  char word[4096];
+  size_t length = 0;
+  bool found = false;
+  for (int c; file && (c = fgetc(file)) != EOF;) {
+    if (length + 1 < sizeof word) word[length++] = (char)c;
+    if (c == 0) {
+      found = found || strcmp(word, "--model") == 0;
+      length = 0;
+    }
+  }
+  if (file) fclose(file);
+  return found;
+}
+
+static void hold(std::string pci_id, int sms) {
   const char *given = getenv("HOLD_CYCLES");
   const long long cycles = given ? atoll(given) : 1000000LL;
   const int shared_bytes = 220 * 1024;
-  if (cudaSetDevice(device) != cudaSuccess) return;  // a start that sees fewer devices
+  int device;
+  if (cudaDeviceGetByPCIBusId(&device, pci_id.c_str()) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return;  // not visible
   cudaFuncSetAttribute(spin, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   int least, greatest;
   cudaDeviceGetStreamPriorityRange(&least, &greatest);
@@ -37,9 +57,11 @@ static void hold(int device, int sms) {
 }
 
 __attribute__((constructor)) static void begin() {
-  int device, sms;
+  char pci_id[32];
+  int sms;
   const char *given = getenv("HOLD");
-  if (given && sscanf(given, "%d:%d", &device, &sms) == 2 && sms > 0) std::thread(hold, device, sms).detach();
+  if (given && sscanf(given, "%31[^=]=%d", pci_id, &sms) == 2 && sms > 0 && loads_a_model())
+    std::thread(hold, std::string(pci_id), sms).detach();
 }
 
 __attribute__((destructor)) static void end() { ended = true; }

@@ -31,15 +31,18 @@ DECODE_TOKENS = 96
 SAMPLING = {"temperature": 1.0}
 
 
-def used_mib() -> list[float]:
-    """MiB in use on each NVIDIA GPU, by NVML through nvidia-smi; an empty list without one."""
+def asked(field: str) -> list[str]:
+    """``field`` of each NVIDIA GPU, by nvidia-smi; an empty list without one."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [float(line) for line in out.stdout.split()]
+
+
+def used_mib() -> list[float]:
+    """MiB in use on each GPU."""
+    return [float(line) for line in asked("memory.used")]
 
 
 def post(port: int, path: str, body: dict[str, object], timeout_s: float = 300) -> dict[str, object]:
@@ -105,7 +108,7 @@ def run_server(
             row["load_s"] = time.monotonic() - started
             row["used_mib_after_load"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
             row |= rates(port, runs, answer_tokens, sampling)
-            row["used_mib"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
+            row["used_mib_after_runs"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
         except (RuntimeError, OSError, KeyError) as error:
             row["error"] = repr(error)
         finally:
@@ -147,7 +150,9 @@ def main() -> int:
         with out.open("a") as rows:
             rows.write(json.dumps(row) + "\n")
         failed += "error" in row
-        summary = {key: row.get(key) for key in ("case", "decode", "prefill", "load_s", "buffers_mib", "used_mib", "error")}
+        summary = {
+            key: row.get(key) for key in ("case", "decode", "prefill", "load_s", "buffers_mib", "used_mib_after_runs", "error")
+        }
         print(json.dumps(summary), flush=True)
     return 1 if failed else 0
 

@@ -1,10 +1,9 @@
 """Models of real shapes without a download: GGUF files whose weights are a constant pattern, for speed and memory alone.
 
-    python -m benchmarks.gpu.models --vocabulary ggml-vocab-llama-bpe.gguf --out models 8b 32b
+    python -m benchmarks.gpu.models --out models 8b 32b
 
-The vocabulary is a header from ``models/`` in llama.cpp's source. Needs ``gguf`` and numpy. The rows of the output matrix make
-plain words the only likely tokens, all equally likely: Ollama neither meets an end token nor stops for repetition, if it is asked
-with ``SAMPLING``.
+The rows of the output matrix make plain words the only likely tokens, all equally likely: Ollama neither meets an end token nor
+stops for repetition, if it is asked with ``SAMPLING``.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from planner.quantization import ggml_type
 
 HEAD = 128
 VOCABULARY = 128256
-SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+SAMPLING = {"temperature": 1.0, "top_k": 40, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,30 +113,38 @@ def profile(name: str) -> ModelProfile:
     return build_profile(metadata=metadata(shape), tensors=all_tensors, file_bytes=size, name=name)
 
 
-def write(path: Path, name: str, vocabulary: Path) -> None:
-    """Writes the GGUF: 16 seconds for the 19 GB of ``32b`` where the disk keeps up."""
+def vocabulary() -> tuple[list[str], list[int]]:
+    """Tokens and their types as SentencePiece has them: control, bytes, letters, and every word of up to three letters and on."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    types = [2, 3, 3, *[6] * 256]
+    words = ("▁" + "".join(word) for length in range(5) for word in product(letters, repeat=length))
+    tokens += [*letters, *islice(words, VOCABULARY - len(tokens) - len(letters))]
+    return tokens, types + [1] * (VOCABULARY - len(types))
+
+
+def write(path: Path, name: str) -> None:
+    """Writes the GGUF; all of it passes through RAM."""
     import gguf
     import numpy as np
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     shape = SHAPES[name]
-    source = gguf.GGUFReader(vocabulary)
-    writer = gguf.GGUFWriter(path, shape.architecture)
+    part = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(part, shape.architecture)
     writer.add_name(name)
     for key, value in metadata(shape).items():
         if isinstance(value, float):
             writer.add_float32(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
-    words: list[str] = []
-    for key, field in source.fields.items():
-        if key.startswith("tokenizer."):
-            if field.types[0] == gguf.GGUFValueType.ARRAY:
-                writer.add_array(key, field.contents())
-                words = field.contents() if key == "tokenizer.ggml.tokens" else words
-            else:
-                writer.add_key_value(key, field.contents(), field.types[0])
-    if len(words) != VOCABULARY:
-        raise SystemExit(f"{vocabulary} has {len(words)} tokens: take ggml-vocab-llama-bpe.gguf with its {VOCABULARY}")
+    tokens, types = vocabulary()
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(rank) for rank in range(len(tokens))])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
     def blocks(columns: int, scale: float, quants: Any) -> Any:
         """One row of blocks of 32 elements: a scale in FP16, then the quants."""
@@ -154,11 +162,7 @@ def write(path: Path, name: str, vocabulary: Path) -> None:
         elif tensor.name == "output.weight":
             direction = random.integers(-127, 128, size=columns, dtype=np.int8)
             data = np.zeros((VOCABULARY, columns // 32 * 34), dtype=np.uint8)
-            likely = [
-                i
-                for i, word in enumerate(words)
-                if len(word) > 4 and word[0] == "Ġ" and word[1:].isascii() and word[1:].islower()
-            ]
+            likely = [i for i, token in enumerate(tokens) if len(token) == 4 and token[0] == "▁"]
             for nth, i in enumerate(likely[:2000]):  # whatever the hidden state, the half along it or the half against it wins
                 data[i] = blocks(columns, 0.05, direction if nth % 2 else -direction)
             writer.add_tensor(tensor.name, data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -170,20 +174,17 @@ def write(path: Path, name: str, vocabulary: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    part.rename(path)
+    print("wrote", path, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabulary", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("names", nargs="+", choices=sorted(SHAPES))
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names:
-        path = args.out / f"{name}.gguf"
-        write(path.with_suffix(".part"), name, args.vocabulary)
-        path.with_suffix(".part").rename(path)
-        print("wrote", path, flush=True)
+        write(args.out / f"{name}.gguf", name)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def understood(row: dict[str, Any]) -> Load:
             buffers = row["buffers_mib"][device]
             printed = sum(buffers.get(kind, 0.0) for kind in ("model", "KV", "compute"))
             parts.append((printed, (predicted.total_bytes - predicted.runtime_bytes) / MIB))
-            used.append((row["used_mib"][index] if row.get("used_mib") else printed, predicted.total_bytes / MIB))
+            used.append(
+                (row["used_mib_after_runs"][index] if row.get("used_mib_after_runs") else printed, predicted.total_bytes / MIB)
+            )
     return Load(row=row, placement=placement, settings=settings, parts=tuple(parts), used=tuple(used))
 
 
@@ -151,7 +153,7 @@ def verdicts(cases: dict[str, list[Load]], failed: list[dict[str, Any]], learned
             if predicted and not name.startswith("solo-"):
                 errors.append((abs(predicted / load.row["decode"] - 1), f"{name} {load.row['way']}"))
             for pairs, found in ((load.parts, buffers), (load.used, nvml)):
-                found += [(abs(is_ - was), abs(is_ / was - 1), f"{name} {load.row['way']}") for was, is_ in pairs]
+                found += [(abs(is_ - was), abs(is_ / was - 1), f"{name} {load.row['way']}") for was, is_ in pairs if was]
     yield "| promise | seen |\n|---|---|"
     for what, ratios, least in (("the best of the sweep", best_of_sweep, 0.97), ("stock", of_stock, 0.99)):
         said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.cache import cache_bytes
@@ -12,7 +13,7 @@ from planner.settings import LoadSettings
 from planner.units import MIB
 
 BUFFER = re.compile(r"(\S+?)(?:\[\S+\])? +(model|KV|RS|compute|output) buffer size = *([\d.]+) MiB")
-DEVICE = re.compile(r"using device (\S+)")
+DEVICE = re.compile(r"using device (\S+) \(.*\) \(([^()]*)\) - ")
 FIT = re.compile(r"fitting params to free memory took ([\d.]+) seconds")
 COMMAND = re.compile(r'msg="starting llama-server" cmd="([^"]*)"')
 
@@ -26,19 +27,25 @@ class Loaded:
     fit_s: float | None
 
 
-def last_load(log: str) -> Loaded:
-    """The last load in ``log``; of one that was tried several times, the try that stands."""
+def last_load(log: str, pci_ids: Sequence[str] = ()) -> Loaded:
+    """The last load in ``log``; of one that was tried several times, the try that stands.
+
+    A process that sees one GPU of two calls it the first: with ``pci_ids`` of all GPUs, each is named by its place among them.
+    """
     begin = log.rfind("using device")
     begin = log.rfind("llama_prepare_model_devices", 0, begin) if begin >= 0 else 0
     while (before := log.rfind("using device", 0, begin)) >= 0 and log.count("\n", before, begin) <= 1:
         begin = before  # one line for each device
     text = log[max(begin, 0) :]
+    devices = DEVICE.findall(text)
+    names = {device: f"{device.rstrip('0123456789')}{pci_ids.index(pci)}" for device, pci in devices if pci in pci_ids}
     buffers: dict[str, dict[str, float]] = {}
     for device, kind, mib in BUFFER.findall(text):
-        buffers.setdefault(device, {})[kind] = float(mib)
+        buffers.setdefault(names.get(device, device), {})[kind] = float(mib)
     fits = FIT.findall(log)
+    order = tuple(names.get(device, device) for device, _ in devices)
     return Loaded(
-        order=tuple(device for device in DEVICE.findall(text) if "model" in buffers.get(device, {})),
+        order=tuple(device for device in order if "model" in buffers.get(device, {})),
         buffers_mib=buffers,
         fit_s=float(fits[-1]) if fits else None,
     )

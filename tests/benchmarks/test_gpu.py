@@ -1,0 +1,65 @@
+"""The GPU benchmark's reading of logs and its models: the parts of ``benchmarks/gpu`` that need no GPU."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.models import SHAPES, profile, tensors
+from benchmarks.gpu.ollama import make_store
+from benchmarks.gpu.serverlog import last_load, placement_of
+from planner.settings import LoadSettings
+
+LOG = (Path(__file__).parents[1] / "data" / "recordings" / "llama-server-two-gpus.log").read_text()
+LOADS = LOG.split('msg="starting llama-server"')[1:]
+SETTINGS = LoadSettings(num_ctx=4096, batch=512, ubatch=512)
+PCI_IDS = ("0000:00:06.0", "0000:00:07.0")
+
+
+def test_a_split_is_read_off_the_caches() -> None:
+    """A real Ollama's log: 36 layers and 29 with the output layer, as its ``--fit`` chose."""
+    loaded = last_load(LOADS[0], PCI_IDS)
+    assert loaded.order == ("CUDA0", "CUDA1")
+    placement = placement_of(loaded, profile("32b"), SETTINGS, ("CUDA0", "CUDA1"))
+    assert (placement.layers, placement.output_gpu, placement.cpu_layers) == ((38, 26), 1, 0)
+
+
+def test_devices_named_in_another_order_keep_their_layers() -> None:
+    """``--device CUDA1,CUDA0``: the slow card takes the lowest layers, the output layer is on the fast one."""
+    placement = placement_of(last_load(LOADS[3], PCI_IDS), profile("32b"), SETTINGS, ("CUDA0", "CUDA1"))
+    assert placement.order == (1, 0)
+    assert placement.output_gpu == 0
+
+
+def test_a_gpu_that_a_process_sees_alone_is_named_by_its_pci_id() -> None:
+    """Ollama hides the other GPUs from a load on one: there the second is ``CUDA0`` too."""
+    alone = "using device CUDA0 (NVIDIA H200) (0000:00:07.0) - 9 MiB free\nload_tensors: CUDA0 model buffer size = 5.00 MiB\n"
+    assert last_load(alone, PCI_IDS).order == ("CUDA1",)
+    assert last_load(alone, PCI_IDS).buffers_mib == {"CUDA1": {"model": 5.0}}
+
+
+def test_a_log_without_whole_layers_is_refused() -> None:
+    """Another model's cache is not taken for this one's."""
+    with pytest.raises(ValueError, match="layers"):
+        placement_of(last_load(LOADS[0], PCI_IDS), profile("moe30"), SETTINGS, ("CUDA0", "CUDA1"))
+
+
+@pytest.mark.parametrize(("name", "billions"), [("8b", 8.03), ("32b", 32.8), ("70b", 70.6), ("moe30", 30.5)])
+def test_the_models_have_as_many_parameters_as_their_namesakes(name: str, billions: float) -> None:
+    """Published counts; the vocabulary is Llama 3's throughout."""
+    assert sum(prod(tensor.shape) for tensor in tensors(SHAPES[name])) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_a_store_is_made_of_links(tmp_path: Path) -> None:
+    """Ollama's layout, nothing copied: the manifest names blobs that exist."""
+    model = tmp_path / "a.gguf"
+    model.write_bytes(b"GGUF")
+    make_store(tmp_path / "store", {"a": model})
+    manifest = json.loads((tmp_path / "store/manifests/registry.ollama.ai/library/a/latest").read_text())
+    blobs = [manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
+    files = [tmp_path / "store/blobs" / digest.replace(":", "-") for digest in blobs]
+    assert [file.stat().st_size for file in files] == [manifest["config"]["size"], 4]
+    assert files[1].is_symlink()
