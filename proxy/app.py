@@ -154,6 +154,7 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        placements.take_over()
         try:
             yield
         finally:
@@ -206,18 +207,14 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         rows = []
         for in_force in placements.in_force():
             actual = loaded.get(in_force.digest)
-            predicted = (
-                in_force.plan.chosen.memory.devices
-                if in_force.plan and (in_force.delivery.options or in_force.delivery.by_launcher)
-                else ()
-            )
+            placed = in_force.delivery.options or in_force.delivery.by_launcher
             rows.append(
                 {
                     "model": in_force.model,
                     "placement": in_force.delivery.text,
                     "options": dict(in_force.delivery.options),
                     "loaded": actual is not None,
-                    "predicted_bytes": [device.total_bytes for device in predicted],
+                    "predicted_bytes": list(in_force.held_bytes or ()) if placed else [],
                     "actual_vram_bytes": actual.vram_bytes if actual else None,
                     "context_length": actual.context_length if actual else None,
                 }

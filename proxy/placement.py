@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -25,11 +26,13 @@ from proxy.endpoints import LoadRequest
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.static import StaticSource
+from proxy.inforce import InForce, Ledger, file_name, held_bytes
 from proxy.launches import Launches, blob_name
 from proxy.loading import asked_context, freed, makes_room, plan_request, without_companions
 from proxy.ollama import Loaded, Ollama
 from proxy.options import MAIN_GPU, Delivery, deliver, deliver_by_launcher, own_wish, stock
 from proxy.settings import Settings
+from proxy.statefile import StateFile
 
 PLAN_S = 10.0
 """Longest wait for a plan: facts of a model on a cold disk take seconds, then the request goes as it is."""
@@ -46,19 +49,6 @@ NAMES_KEPT = 1024
 Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
 
 log = logging.getLogger("lopsided.placement")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InForce:
-    """A model's placement as it was decided: for every request that loads it with this context."""
-
-    model: str
-    blob: str
-    digest: str
-    num_ctx: int | None
-    delivery: Delivery
-    plan: Plan | None
-    careful: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +115,14 @@ class Placements:
         self._v1_blobs: set[str] = set()
         self._told: set[str] = set()
         self._reading: asyncio.Task[Rig] | None = None
+        self._ledger = Ledger(StateFile(settings.state, file_name(settings.upstream)), self.in_force)
+        self._taken_over: set[str] = set()
+
+    def take_over(self) -> None:
+        """Goes on with what was in force when the proxy ended last; each model's next request asks whether it still is."""
+        for in_force in self._ledger.read():
+            self._slots[in_force.blob] = _Slot(current=in_force, seen_at=-math.inf, restarts=self._restarts())
+            self._taken_over.add(in_force.blob)
 
     # What requests do
 
@@ -228,9 +226,11 @@ class Placements:
         if not self._holds(slot, num_ctx):
             async with slot.lock:
                 if not self._holds(slot, num_ctx):
-                    restarts = self._restarts()
+                    restarts, before = self._restarts(), slot.current
                     slot.current = await self._renewed(slot, request, facts, blob, num_ctx)
                     slot.seen_at, slot.restarts = self._clock(), restarts
+                    if slot.current is not before:
+                        await self._ledger.keep()
         if slot.current is None:  # it failed for memory in between
             return await self._decide(request)
         return self._use(slot, slot.current, request)
@@ -271,6 +271,7 @@ class Placements:
         unchanged = current if current is not None and current.num_ctx == num_ctx else None
         try:
             loaded, known = await self._by_blob(await self._ollama.loaded()), True
+            self._forget_ended(loaded, kept=blob)
         except UpstreamError:
             loaded, known = {}, False
             if unchanged:
@@ -284,9 +285,10 @@ class Placements:
             plan, delivery = await self._new_plan(request, facts, blob, loaded, careful=careful)
             if failure and delivery.options == failure.delivery.options:
                 plan, careful, delivery = None, 2, stock("the same plan ran out of memory before", without=MAIN_GPU)
-        kept = current.plan if current and blob in loaded else None
-        if plan and kept and current and plan.chosen.settings.num_ctx == kept.chosen.settings.num_ctx:
-            plan, delivery = current.plan, current.delivery  # the same context, asked for in other words: nothing to reload
+        planned_ctx, held = plan.chosen.settings.num_ctx if plan else None, held_bytes(plan, delivery)
+        if plan and current and blob in loaded and planned_ctx == current.planned_ctx:
+            # the same context, asked for in other words: nothing to reload
+            plan, delivery, held = current.plan, current.delivery, current.held_bytes
         if delivery.by_launcher and blob not in loaded and known:
             self._launches.expect(blob_name(blob))
         log.info("%s: %s", full_name(request.model), delivery.text)
@@ -296,9 +298,18 @@ class Placements:
             digest=facts.digest,
             num_ctx=num_ctx,
             delivery=delivery,
-            plan=plan,
             careful=careful,
+            plan=plan,
+            planned_ctx=planned_ctx,
+            held_bytes=held,
         )
+
+    def _forget_ended(self, loaded: Collection[str], *, kept: str) -> None:
+        """Drops what was taken over of models that are not ``loaded`` any more, once that is known."""
+        for blob in self._taken_over - {kept, *loaded}:
+            if not self._slots[blob].users:
+                self._slots[blob].current = None
+        self._taken_over.clear()
 
     async def _new_plan(
         self, request: LoadRequest, facts: ModelFacts, blob: str, loaded: Mapping[str, Loaded], *, careful: int
@@ -340,7 +351,7 @@ class Placements:
     def _without(self, rig: Rig, blobs: set[str], loaded: Mapping[str, Loaded]) -> Rig:
         for blob in sorted(blobs & loaded.keys()):
             slot = self._slots.get(blob)
-            rig = freed(rig, loaded[blob].vram_bytes, _held(slot.current if slot else None))
+            rig = freed(rig, loaded[blob].vram_bytes, slot.current.held_bytes if slot and slot.current else None)
         return rig
 
     def _failure(self, blob: str, num_ctx: int | None) -> _Failure | None:
@@ -389,11 +400,3 @@ class Placements:
                 facts = await self._catalog.facts(entry.name)
                 found[facts.blob or facts.digest] = entry
         return found
-
-
-def _held(placed: InForce | None) -> tuple[int, ...] | None:
-    """Bytes on each GPU of a model that was placed so, ``None`` where that is not known."""
-    if placed is None or placed.plan is None:
-        return None
-    running = placed.plan.chosen if placed.delivery.by_launcher else placed.plan.chosen_by_options
-    return tuple(device.total_bytes for device in running.memory.devices)
