@@ -17,8 +17,9 @@ from starlette.exceptions import HTTPException
 from planner.plan import make_plan
 from proxy.access import has_token, is_local_host, is_local_origin, is_loopback
 from proxy.asgi import Application, Receive, Scope, Send
-from proxy.catalog import Catalog
-from proxy.endpoints import kind_of, parse_load_request
+from proxy.catalog import Catalog, full_name
+from proxy.derived import Derived
+from proxy.endpoints import V1_PATHS, kind_of, parse_load_request
 from proxy.errors import GpuError, LopsidedError, UpstreamError
 from proxy.failures import TEXT_LIMIT_BYTES, is_out_of_memory
 from proxy.forward import VIA, ClientRequest, Forwarder
@@ -29,8 +30,11 @@ from proxy.launches import Launches
 from proxy.launching import Launching
 from proxy.loading import MAX_TOKENS
 from proxy.ollama import Ollama
+from proxy.options import stock
+from proxy.outgoing import as_it_is, outgoing
 from proxy.placement import Placements, Planner
 from proxy.planjson import devices_json, plan_json
+from proxy.renaming import LIST_BYTES, Held, Renamed, shown_list
 from proxy.replies import Reply, error_reply, send_reply
 from proxy.settings import Settings
 
@@ -51,10 +55,13 @@ log = logging.getLogger("lopsided")
 class Proxy:
     """The proxy as one ASGI application. Made by :func:`create_app`."""
 
-    def __init__(self, settings: Settings, *, forwarder: Forwarder, placements: Placements, own: Application) -> None:
+    def __init__(
+        self, settings: Settings, *, forwarder: Forwarder, placements: Placements, derived: Derived, own: Application
+    ) -> None:
         self.settings = settings
         self.forwarder = forwarder
         self.placements = placements
+        self.derived = derived
         self._own = own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,12 +85,26 @@ class Proxy:
             if kind in ("load", "v1") and request.header(b"content-encoding") is None:
                 await self._load(request, send)
                 return
+            if kind == "list" and self.derived.hides:
+                await self._list(request, send)
+                return
             await self.forwarder.pass_through(request, send)
             if kind == "store":
                 self.placements.store_changed()
+                self.derived.store_changed()
+
+    async def _list(self, request: ClientRequest, send: Send) -> None:
+        """A list of models, in which derived ones are not to be seen."""
+
+        def edit(body: bytes) -> bytes:
+            return shown_list(request.path, body, is_hidden=self.derived.is_hidden, digest=self.derived.digest_of_base)
+
+        held = Held(send, edit, limit_bytes=LIST_BYTES)
+        await self.forwarder.pass_through(request, held)
+        await held.let_go()
 
     async def _load(self, request: ClientRequest, send: Send) -> None:
-        """A request that loads the model it names: placed, if it may be, or marked as one that takes no options."""
+        """A request that loads the model it names: placed, if it may be."""
         body = await request.body(BODY_LIMIT_BYTES)
         if body is None:
             await self.forwarder.pass_through(request, send)
@@ -93,28 +114,48 @@ class Proxy:
         except JsonError:
             await self.forwarder.relay(request, await self.forwarder.open(request, body), send)
             return
-        if kind_of(request.method, request.path) == "v1":
+        if request.path in V1_PATHS and (reason := self.derived.refusal(wanted.model)):
             self.placements.seen_on_v1(wanted.model)
-            await self.forwarder.relay(request, await self.forwarder.open(request, body), send)
+            header = (PLAN_HEADER, stock(reason).text.encode("ascii"))
+            await self.forwarder.relay(request, await self.forwarder.open(request, body), send, extra_headers=(header,))
             return
         decision = await self.placements.decide(wanted)
-        answered = False
+        answered, losses = False, 0
         try:
             while True:
-                delivery = decision.delivery
-                response = await self.forwarder.open(request, wanted.with_options(delivery.options, without=delivery.without))
-                answered = isinstance(response, httpx.Response) and response.status_code < 400
+                if losses < 2:
+                    out = await outgoing(request.path, wanted, decision, derived=self.derived, placements=self.placements)
+                else:
+                    out = as_it_is(wanted, "Ollama loses the derived model")
+                if out.alias:
+                    request.headers = [field for field in request.headers if field[0] != b"accept-encoding"]
+                response = await self.forwarder.open(request, out.body)
+                answered = isinstance(response, httpx.Response) and response.status_code < 400 and out.as_planned
                 seen = b""
-                if isinstance(response, httpx.Response) and response.status_code == 500 and delivery.options:
+                if isinstance(response, httpx.Response) and response.status_code == 500 and decision.delivery.options:
                     seen = await self.forwarder.peek(response, TEXT_LIMIT_BYTES)
-                    if is_out_of_memory(500, seen.decode(errors="replace")) and (
-                        instead := await self.placements.after_failure(decision)
+                    if (
+                        out.as_planned
+                        and is_out_of_memory(500, seen.decode(errors="replace"))
+                        and (instead := await self.placements.after_failure(decision))
                     ):
                         await response.aclose()
                         decision = instead
                         continue
-                header = (PLAN_HEADER, delivery.text.encode("ascii"))
-                await self.forwarder.relay(request, response, send, seen=seen, extra_headers=(header,))
+                if isinstance(response, httpx.Response) and response.status_code == 404 and out.alias:
+                    seen = await self.forwarder.peek(response, TEXT_LIMIT_BYTES)
+                    if out.alias.derived.encode() in seen:  # deleted behind our back
+                        await response.aclose()
+                        self.derived.lost(out.alias.derived)
+                        losses += 1
+                        continue
+                header = (PLAN_HEADER, out.text.encode("ascii"))
+                if out.alias is None:
+                    await self.forwarder.relay(request, response, send, seen=seen, extra_headers=(header,))
+                    return
+                renamed = Renamed(send, out.alias)
+                await self.forwarder.relay(request, response, renamed, seen=seen, extra_headers=(header,))
+                await renamed.finish()
                 return
         finally:
             self.placements.done(decision, loaded=answered)
@@ -152,12 +193,17 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         rig=placements.rig, catalog=catalog, ollama=ollama, settings=settings, launches=launches, planner=planner
     )
 
+    derived = Derived(ollama=ollama, catalog=catalog, enabled=settings.v1)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         placements.take_over()
+        if source is not None:
+            derived.start()
         try:
             yield
         finally:
+            await derived.aclose()
             await launching.aclose()
             await forwarder.aclose()
 
@@ -203,10 +249,11 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
 
     @own.get("/lopsided/models")
     async def models() -> JSONResponse:
-        loaded = {entry.digest: entry for entry in await ollama.loaded()}
+        entries = await ollama.loaded()
+        loaded = {full_name(entry.name): entry for entry in entries} | {entry.digest: entry for entry in entries}
         rows = []
         for in_force in placements.in_force():
-            actual = loaded.get(in_force.digest)
+            actual = loaded.get(in_force.digest) or loaded.get(in_force.model)
             placed = in_force.delivery.options or in_force.delivery.by_launcher
             rows.append(
                 {
@@ -221,4 +268,4 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
             )
         return JSONResponse({"models": rows})
 
-    return Proxy(settings, forwarder=forwarder, placements=placements, own=own)
+    return Proxy(settings, forwarder=forwarder, placements=placements, derived=derived, own=own)

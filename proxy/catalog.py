@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import httpx
 
 from planner.profile import Metadata, ModelProfile
+from proxy.derivednames import base_of
 from proxy.errors import GgufError, ModelError, UpstreamError
 from proxy.gguf import is_embedding, profile_of, read_header
 from proxy.show import (
@@ -127,6 +128,18 @@ class Catalog:
                     return facts
         raise ModelError(f"no model of Ollama's has its weights in {blob}")
 
+    async def listed(self, name: str) -> tuple[str, str]:
+        """The model's name as Ollama spells it, in all four parts, and its manifest's digest. Raises as ``facts`` does."""
+        entry = await self._entry(full_name(name))
+        if entry is None:
+            raise ModelError(f"Ollama has no model {name}")
+        return qualified(entry.name), entry.digest
+
+    def digest(self, name: str) -> str | None:
+        """The digest that the name had when Ollama was last asked, without asking it now."""
+        entry = self._entries.get(full_name(name))
+        return entry.digest if entry else None
+
     def forget(self) -> None:
         """Call after anything that may give a name another digest: pull, create, copy, delete."""
         self._listed_at = None
@@ -143,7 +156,9 @@ class Catalog:
         answer = await self._ask("GET", "/api/tags")
         models = answer.get("models") or []
         entries = [_entry(model) for model in models if isinstance(model, dict)] if isinstance(models, list) else []
-        self._entries = {full_name(entry.name): entry for entry in entries if entry.name and entry.digest}
+        self._entries = {
+            full_name(entry.name): entry for entry in entries if entry.name and entry.digest and base_of(entry.name) is None
+        }
         if changes == self._changes:  # else the answer may be of before the change
             self._listed_at = asked_at
 
@@ -212,7 +227,12 @@ class Catalog:
 
 def full_name(name: str) -> str:
     """``name`` as ``host/namespace/model:tag`` in lower case, with Ollama's defaults filled in (``types/model/name.go``)."""
-    text = name.strip().lower().removesuffix(":local").rpartition("://")[2]
+    return qualified(name.strip().lower().removesuffix(":local"))
+
+
+def qualified(name: str) -> str:
+    """The same of a name from a list, spelt as it is there."""
+    text = name.rpartition("://")[2]
     tag = "latest"
     if text.rfind(":") > text.rfind("/"):
         text, _, tag = text.rpartition(":")

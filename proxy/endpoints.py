@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from proxy.jsonedit import JsonError, Member, blank_end, decode, edit, members
+from proxy.jsonedit import JsonError, Member, blank_end, decode, edit, members, splice
 
-Kind = Literal["load", "v1", "store", "other"]
+Kind = Literal["load", "v1", "store", "list", "other"]
 
 LOAD_PATHS: Mapping[str, str | None] = {
     "/api/generate": "prompt",
@@ -30,6 +30,9 @@ V1_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings
 STORE_PATHS = frozenset({"/api/create", "/api/copy", "/api/delete", "/api/pull"})
 """Endpoints after which a name may stand for another model."""
 
+LIST_PATHS = frozenset({"/api/tags", "/api/ps", "/v1/models"})
+"""Endpoints that name models unasked."""
+
 INTEGER_OPTIONS = ("num_gpu", "main_gpu", "num_ctx", "num_batch")
 """Options that placement looks at and that Ollama takes as integers only."""
 
@@ -45,6 +48,8 @@ def kind_of(method: str, path: str) -> Kind:
         return "v1"
     if path in STORE_PATHS:
         return "store"
+    if method == "GET" and path in LIST_PATHS:
+        return "list"
     return "other"
 
 
@@ -83,6 +88,12 @@ class LoadRequest:
         if target is None and add:
             body = edit(body, self.start, self.fields, add={"options": dict(add)})
         return body
+
+    def with_model(self, name: str) -> bytes:
+        """The body with ``name`` (plain ASCII) in place of the model that it names."""
+        named = [field for field in self.fields if field.key.casefold() == "model"]
+        counts = next(field for field in reversed(named) if self.body[field.value_start : field.end] != b"null")
+        return splice(self.body, [(counts.value_start, counts.end, b'"%b"' % name.encode("ascii"))])
 
 
 def parse_load_request(path: str, body: bytes) -> LoadRequest:

@@ -87,6 +87,22 @@ def members(text: bytes, start: int = 0) -> tuple[Member, ...]:
             raise JsonError(f"expected a comma or a brace at byte {position - 1}")
 
 
+def elements(text: bytes, start: int) -> tuple[tuple[int, int], ...]:
+    """Where each element of the array that begins at ``start`` begins and ends. Raises ``JsonError``."""
+    scan = _Scan(text)
+    found: list[tuple[int, int]] = []
+    position = scan.expect(b"[", start)
+    if text[position : position + 1] == b"]":
+        return ()
+    while True:
+        end = scan.value_end(position)
+        found.append((position, end))
+        follower = blank_end(text, end)
+        if text[follower : follower + 1] == b"]":
+            return tuple(found)
+        position = scan.expect(b",", follower)
+
+
 def edit(
     text: bytes, start: int, found: Iterable[Member], *, remove: Iterable[Member] = (), add: Mapping[str, Any] | None = None
 ) -> bytes:
@@ -115,6 +131,16 @@ def edit(
             position = member.end
     parts.append(view[position:])
     return b"".join(parts)
+
+
+def splice(text: bytes, changes: Iterable[tuple[int, int, bytes]]) -> bytes:
+    """``text`` with other bytes in some places: start, end, what stands there instead; places must not overlap."""
+    parts: list[bytes] = []
+    position = 0
+    for start, end, instead in sorted(changes):
+        parts += (text[position:start], instead)
+        position = end
+    return b"".join((*parts, text[position:]))
 
 
 def decode_string(token: bytes) -> str:

@@ -1,23 +1,28 @@
-"""What the proxy asks of Ollama itself while it places models: what is loaded, and which version it is."""
+"""What the proxy asks of Ollama itself while it places models: what is loaded, its version, and what derived models take."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from planner.request import Era
-from proxy.errors import UpstreamError
+from proxy.derivednames import base_of, shown
+from proxy.errors import ModelError, UpstreamError
 from proxy.options import era_of
 
 ASK_S = 2.0
 """Longest wait for ``/api/ps`` and ``/api/version``, which Ollama answers from memory, but not while it starts a load."""
 
+STORE_S = 30.0
+"""Longest wait for a question about the store: ``/api/create`` and ``/api/show`` read the model's header from the disk."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """One line of ``/api/ps``."""
+    """One line of ``/api/ps``; a model that was loaded by its derived name stands under its own (the digest is the derived)."""
 
     name: str
     digest: str
@@ -41,15 +46,64 @@ class Ollama:
         version = (await self._ask("/api/version")).get("version")
         return era_of(version if isinstance(version, str) else "")
 
-    async def _ask(self, path: str) -> dict[str, Any]:
-        try:
-            answer = await self._client.get(path, timeout=ASK_S)
-            value = answer.raise_for_status().json()
-        except (httpx.HTTPError, ValueError) as error:
-            raise UpstreamError(f"Ollama does not answer {path}: {error or type(error).__name__}") from error
-        if not isinstance(value, dict):
-            raise UpstreamError(f"Ollama answers {path} with JSON that is no object")
+    async def names(self) -> tuple[str, ...]:
+        """Every model in the store, derived ones too, as Ollama spells them."""
+        models = (await self._ask("/api/tags", wait_s=STORE_S)).get("models")
+        return tuple(str(m.get("name") or "") for m in models if isinstance(m, dict)) if isinstance(models, list) else ()
+
+    async def show(self, name: str) -> dict[str, Any]:
+        """``/api/show`` of a model. Raises ``ModelError`` where there is none."""
+        answer = await self._tell("POST", "/api/show", {"model": name})
+        value = _object("/api/show", answer) if answer.status_code == httpx.codes.OK else None
+        if value is None:
+            raise ModelError(f"Ollama does not show {name}: {_error(answer)}")
         return value
+
+    async def create(self, name: str, *, base: str, parameters: Mapping[str, Any]) -> None:
+        """A model of ``base`` with more ``parameters``. Raises ``ModelError`` with Ollama's reason where it refuses."""
+        body = {"model": name, "from": base, "parameters": dict(parameters), "stream": False}
+        answer = await self._tell("POST", "/api/create", body)
+        if answer.status_code != httpx.codes.OK or _object("/api/create", answer).get("status") != "success":
+            raise ModelError(f"Ollama refuses to make a derived model: {_error(answer)}")
+
+    async def delete(self, name: str) -> None:
+        """Deletes a model; one that is not there is fine. Raises ``ModelError`` where Ollama refuses."""
+        answer = await self._tell("DELETE", "/api/delete", {"model": name})
+        if answer.status_code not in (httpx.codes.OK, httpx.codes.NOT_FOUND):
+            raise ModelError(f"Ollama does not delete {name}: {_error(answer)}")
+
+    async def _tell(self, method: str, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        try:
+            return await self._client.request(method, path, json=body, timeout=STORE_S)
+        except httpx.HTTPError as error:
+            raise UpstreamError(f"Ollama does not answer {path}: {str(error) or type(error).__name__}") from error
+
+    async def _ask(self, path: str, *, wait_s: float = ASK_S) -> dict[str, Any]:
+        try:
+            answer = await self._client.get(path, timeout=wait_s)
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise UpstreamError(f"Ollama does not answer {path}: {error or type(error).__name__}") from error
+        return _object(path, answer)
+
+
+def _object(path: str, answer: httpx.Response) -> dict[str, Any]:
+    try:
+        value = answer.json()
+    except (ValueError, RecursionError) as error:
+        raise UpstreamError(f"Ollama does not answer {path}: {error or type(error).__name__}") from error
+    if not isinstance(value, dict):
+        raise UpstreamError(f"Ollama answers {path} with JSON that is no object")
+    return value
+
+
+def _error(answer: httpx.Response) -> str:
+    """Ollama's own words, or the beginning of whatever came instead."""
+    try:
+        text = answer.json()["error"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = f"status {answer.status_code} {answer.text}"
+    return str(text)[:200]
 
 
 def _loaded(model: dict[str, Any]) -> Loaded:
@@ -57,8 +111,10 @@ def _loaded(model: dict[str, Any]) -> Loaded:
         value = model.get(key)
         return value if isinstance(value, int) else 0
 
+    name = str(model.get("name") or model.get("model") or "")
+    base = base_of(name)
     return Loaded(
-        name=str(model.get("name") or model.get("model") or ""),
+        name=shown(base) if base else name,
         digest=str(model.get("digest") or ""),
         vram_bytes=number("size_vram"),
         context_length=number("context_length"),

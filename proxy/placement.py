@@ -43,6 +43,9 @@ LOOK_S = 1.0
 FAILURE_KEPT_S = 3600.0
 """Seconds for which a plan that ran out of memory is remembered: until then the model gets the more careful one at once."""
 
+V1_KEPT_S = 3600.0
+"""Seconds for which a model that was seen on ``/v1`` without its placement is left alone."""
+
 NAMES_KEPT = 1024
 """Models remembered by name: facts in use, and names seen on ``/v1``."""
 
@@ -112,7 +115,7 @@ class Placements:
         self._slots: dict[str, _Slot] = {}
         self._failures: dict[tuple[str, int | None], _Failure] = {}
         self._v1_names: set[str] = set()  # not looked up yet
-        self._v1_blobs: set[str] = set()
+        self._v1_blobs: dict[str, float] = {}  # and when they were seen last
         self._told: set[str] = set()
         self._reading: asyncio.Task[Rig] | None = None
         self._ledger = Ledger(StateFile(settings.state, file_name(settings.upstream)), self.in_force)
@@ -175,7 +178,7 @@ class Placements:
         return instead
 
     def seen_on_v1(self, model: str) -> None:
-        """A request without options loads ``model``: from now on it is left alone, or each change of client would reload it."""
+        """A request that can't have its placement loads ``model``: it is left alone, or each change of client would reload it."""
         if len(self._v1_names) < NAMES_KEPT:
             self._v1_names.add(full_name(model))
 
@@ -384,13 +387,13 @@ class Placements:
         for name in tuple(self._v1_names):
             try:
                 facts = await self._catalog.facts(name)
-                self._v1_blobs.add(facts.blob or facts.digest)
+                self._v1_blobs[facts.blob or facts.digest] = self._clock()
             except UpstreamError:  # nothing to hold against other models; asked for again next time
                 continue
             except ModelError:
                 pass  # it names nothing that could be loaded
             self._v1_names.discard(name)
-        return blob in self._v1_blobs
+        return self._clock() - self._v1_blobs.get(blob, -V1_KEPT_S) < V1_KEPT_S
 
     async def _by_blob(self, loaded: tuple[Loaded, ...]) -> dict[str, Loaded]:
         """The loaded models by their blobs, whatever their names; those that can't be planned for are left out."""

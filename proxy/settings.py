@@ -181,6 +181,8 @@ class Settings(BaseSettings):
     """The boost algorithm's factor; ``None`` is the automatic search."""
     tensor_split: Switch = Field(True, validation_alias="LOPSIDED_TENSOR_SPLIT")
     """Inject ``tensor_split`` for plans over several GPUs: forks of Ollama obey it, stock logs it as invalid."""
+    v1: Switch = Field(True, validation_alias="LOPSIDED_V1")
+    """Give requests to ``/v1``, which carry no options, their placement by derived models in Ollama's store."""
     device_order: Words = Field((), validation_alias="LOPSIDED_DEVICE_ORDER")
     """UUIDs or names of the GPUs in Ollama's order."""
     token: Annotated[str | None, BeforeValidator(_text)] = Field(None, validation_alias="LOPSIDED_TOKEN", repr=False)

@@ -10,7 +10,7 @@ from proxy.simulator import gojson
 from proxy.simulator.exchange import Exchange, keep_alive, unmarshal_error
 from proxy.simulator.http import NDJSON, Response, error, json_response
 from proxy.simulator.replies import Call, Prompt, count_tokens, embedding, token_ids
-from proxy.simulator.store import Model
+from proxy.simulator.store import Model, qualified
 
 NO_EMBEDDINGS = "This server does not support embeddings. Start it with `--embeddings`"
 """llama-server's words for a model that only generates, from 0.30 on (recorded)."""
@@ -36,7 +36,7 @@ async def chat(exchange: Exchange) -> Response:
         and (model := exchange.simulator.store.find(body.get("model") or ""))
         and "tools" not in model.capabilities
     ):
-        return error(400, f"registry.ollama.ai/library/{model.name} does not support tools")
+        return error(400, f"{qualified(model.name)} does not support tools")
     return await _speak(exchange, body, prompt, is_chat=True)
 
 

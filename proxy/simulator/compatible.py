@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from itertools import count
 from secrets import randbelow, token_hex
 from typing import Any
 
@@ -17,7 +18,7 @@ from proxy.simulator.exchange import Exchange, RequestError
 from proxy.simulator.http import EVENTS, PLAIN_JSON, Response, json_response
 from proxy.simulator.replies import Call, Prompt, count_tokens, embedding
 from proxy.simulator.simulation import Answer
-from proxy.simulator.store import Model
+from proxy.simulator.store import Model, qualified
 
 _SAMPLING = ("temperature", "top_p", "seed", "stop", "frequency_penalty", "presence_penalty")
 
@@ -45,7 +46,7 @@ async def chat_completions(exchange: Exchange) -> Response:
     prompt = _with_format(prompt, body.get("response_format"))
     found, answer = await _ask(exchange, body, prompt, limit=body.get("max_completion_tokens", body.get("max_tokens")))
     if prompt.tools and "tools" not in found.capabilities:
-        return openai_error(RequestError(400, f"registry.ollama.ai/library/{found.name} does not support tools"))
+        return openai_error(RequestError(400, f"{qualified(found.name)} does not support tools"))
     head = {"id": f"chatcmpl-{randbelow(999)}", "object": "chat.completion", **_made(exchange, body)}
     calls = _openai_calls(answer.spoken.calls)
     reason = "tool_calls" if calls else answer.spoken.reason
@@ -121,56 +122,101 @@ async def embeddings(exchange: Exchange) -> Response:
 
 
 async def responses(exchange: Exchange) -> Response:
-    """``POST /v1/responses``, answered whole."""
+    """``POST /v1/responses``."""
     body = exchange.json_body()
     given = body.get("input")
     items = given if isinstance(given, list) else []
     text = given if isinstance(given, str) else "\n".join(message_text(i.get("content")) for i in items if isinstance(i, dict))
     _, answer = await _ask(exchange, body, Prompt(text=text), limit=body.get("max_output_tokens"))
-    content = {"type": "output_text", "text": await exchange.simulator.whole(answer), "annotations": [], "logprobs": []}
     created = exchange.simulator.now_ns() // 10**9
+    whole = _response(body, created)
     message = {"id": f"msg_{randbelow(10**6)}", "type": "message", "status": "completed", "role": "assistant"}
-    return _json(
-        {
-            "id": f"resp_{randbelow(10**6)}",
-            "object": "response",
-            "created_at": created,
-            "completed_at": created,
-            "status": "completed",
-            "incomplete_details": None,
-            "model": body["model"],
-            "previous_response_id": None,
-            "instructions": body.get("instructions"),
-            "output": [{**message, "content": [content]}],
-            "error": None,
-            "tools": body.get("tools") or [],
-            "tool_choice": "auto",
-            "truncation": "disabled",
-            "parallel_tool_calls": True,
-            "text": {"format": {"type": "text"}},
-            "top_p": body.get("top_p", 1),
-            "presence_penalty": 0,
-            "frequency_penalty": 0,
-            "top_logprobs": 0,
-            "temperature": body.get("temperature", 1),
-            "reasoning": None,
-            "usage": {
-                "input_tokens": answer.prompt_tokens,
-                "output_tokens": answer.spoken.count,
-                "total_tokens": answer.prompt_tokens + answer.spoken.count,
-                "input_tokens_details": {"cached_tokens": 0},
-                "output_tokens_details": {"reasoning_tokens": 0},
-            },
-            "max_output_tokens": body.get("max_output_tokens"),
-            "max_tool_calls": None,
-            "store": False,
-            "background": False,
-            "service_tier": "default",
-            "metadata": {},
-            "safety_identifier": None,
-            "prompt_cache_key": None,
-        }
-    )
+    done = {"status": "completed", "completed_at": created, "usage": _response_usage(answer)}
+    if not body.get("stream"):
+        output = [{**message, "content": [_output_text(await exchange.simulator.whole(answer))]}]
+        return _json({**whole, **done, "output": output})
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        number = count()
+
+        def event(name: str, fields: Mapping[str, Any]) -> bytes:
+            data = {**fields, "sequence_number": next(number), "type": f"response.{name}"}
+            return f"event: response.{name}\ndata: ".encode() + gojson.encode(_sorted(data)) + b"\n\n"
+
+        at = {"item_id": message["id"], "output_index": 0, "content_index": 0}
+        for name in ("created", "in_progress"):
+            yield event(name, {"response": whole})
+        yield event("output_item.added", {"item": {**message, "status": "in_progress", "content": []}, "output_index": 0})
+        yield event("content_part.added", {**at, "part": _output_text("")})
+        said = ""
+        async for piece in exchange.simulator.pieces(answer):
+            said += piece
+            yield event("output_text.delta", {**at, "delta": piece, "logprobs": []})
+        yield event("output_text.done", {**at, "text": said, "logprobs": []})
+        yield event("content_part.done", {**at, "part": _output_text(said)})
+        item = {**message, "content": [_output_text(said)]}
+        yield event("output_item.done", {"item": item, "output_index": 0})
+        yield event("completed", {"response": {**whole, **done, "output": [item]}})
+
+    return Response(content_type=EVENTS, body=events())
+
+
+def _response(body: Mapping[str, Any], created: int) -> dict[str, Any]:
+    """A ``response`` that is under way, in the order of its fields."""
+    return {
+        "id": f"resp_{randbelow(10**6)}",
+        "object": "response",
+        "created_at": created,
+        "completed_at": None,
+        "status": "in_progress",
+        "incomplete_details": None,
+        "model": body["model"],
+        "previous_response_id": None,
+        "instructions": body.get("instructions"),
+        "output": [],
+        "error": None,
+        "tools": body.get("tools") or [],
+        "tool_choice": "auto",
+        "truncation": "disabled",
+        "parallel_tool_calls": True,
+        "text": {"format": {"type": "text"}},
+        "top_p": body.get("top_p", 1),
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "top_logprobs": 0,
+        "temperature": body.get("temperature", 1),
+        "reasoning": None,
+        "usage": None,
+        "max_output_tokens": body.get("max_output_tokens"),
+        "max_tool_calls": None,
+        "store": False,
+        "background": False,
+        "service_tier": "default",
+        "metadata": {},
+        "safety_identifier": None,
+        "prompt_cache_key": None,
+    }
+
+
+def _response_usage(answer: Answer) -> dict[str, Any]:
+    return {
+        "input_tokens": answer.prompt_tokens,
+        "output_tokens": answer.spoken.count,
+        "total_tokens": answer.prompt_tokens + answer.spoken.count,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def _output_text(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _sorted(value: Any) -> Any:
+    """Events of a streamed response are maps in Go: their keys are sorted."""
+    if isinstance(value, Mapping):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value
 
 
 async def messages(exchange: Exchange) -> Response:
@@ -257,7 +303,7 @@ def _usage(answer: Answer) -> dict[str, int]:
 
 
 def _listed(model: Model) -> dict[str, Any]:
-    owner = model.name.rsplit("/", 1)[0] if "/" in model.name else "library"
+    owner = qualified(model.name).split("/")[1]
     return {"id": model.name, "object": "model", "created": model.modified_ns // 10**9, "owned_by": owner}
 
 

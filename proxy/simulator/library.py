@@ -11,7 +11,7 @@ from proxy.simulator import gojson
 from proxy.simulator.exchange import Exchange
 from proxy.simulator.gpus import rig_to_json
 from proxy.simulator.http import NDJSON, PLAIN_JSON, Response, error, json_response
-from proxy.simulator.store import full_name, show
+from proxy.simulator.store import full_name, is_valid_name, show
 
 RESOLVER = "10.255.255.53:53"
 """The name server of the recorded machine, which had no network."""
@@ -83,7 +83,7 @@ async def create(exchange: Exchange) -> Response:
     """``POST /api/create`` with ``from``: other parameters on the same weights. Files are not taken."""
     body = exchange.json_body()
     name = body.get("model") or body.get("name") or ""
-    if not name:
+    if not name or not is_valid_name(str(name)):
         return error(400, "invalid model name")
     if body.get("files"):
         return error(400, "the simulator makes no models from files")

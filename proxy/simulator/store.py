@@ -40,6 +40,8 @@ _FILE_TYPES = {
     38: "MXFP4",
 }
 """``general.file_type`` -> its name (``fs/ggml/type.go``)."""
+_VALID = re.compile(r"(?:(?:[\w][\w.:-]{0,349}/)?[\w][\w-]{0,79}/)?[\w][\w.-]{0,79}:[\w][\w.-]{0,79}", re.ASCII)
+"""``isValidPart`` in ``types/model/name.go``: host, namespace, model, tag."""
 _DEFAULT_PREFIXES = re.compile(r"^(?:(?:https?://)?registry\.ollama\.ai/)?(?:library/)?", re.IGNORECASE)
 
 
@@ -194,6 +196,17 @@ def full_name(name: str) -> str:
     """``name`` with its tag and without what Ollama leaves out: the default registry and namespace."""
     short = _DEFAULT_PREFIXES.sub("", name, count=1)
     return short if ":" in short.rsplit("/", 1)[-1] else f"{short}:latest"
+
+
+def is_valid_name(name: str) -> bool:
+    """Whether Ollama would give a model this name."""
+    return _VALID.fullmatch(full_name(name)) is not None
+
+
+def qualified(name: str) -> str:
+    """``name`` in all four parts, as Ollama's errors have it (``Name.String``)."""
+    full = full_name(name)
+    return "".join(("registry.ollama.ai/", "library/")[: 2 - full.count("/")]) + full
 
 
 def parameter_count(profile: ModelProfile) -> int:

@@ -84,7 +84,7 @@ def test_a_compressed_request_passes_as_it_is():
         with proxy_before(server.url, source=PAIR) as url:
             answer = httpx.post(url + "/api/chat", content=b'{"model":"m"}', headers={"content-encoding": "zstd"})
         assert answer.content == b'{"model":"m"}'
-        assert len(server.received) == 1
+        assert [request.target for request in server.received if request.target != "/api/tags"] == ["/api/chat"]
 
 
 def test_an_upstream_that_answers_the_proxys_questions_with_nonsense_still_answers_clients():
