@@ -24,6 +24,7 @@ class Plan:
     * ``chosen``: the best of all, which takes the launcher to deliver. ``chosen_by_options``: the best that request options can
       deliver: ``stock``, a GPU alone (``main_gpu``), or every layer on the GPUs (``num_gpu``); ``is stock`` as above.
     * ``stock``: what Ollama of ``request.era`` does; ``stock_by_era``: both eras.
+    * ``reverted``: why stock is taken although something was predicted to be faster; empty where nothing was taken back.
     * ``alternatives``: all candidates that fit, the best first. ``rejected``: those that do not fit.
     """
 
@@ -37,6 +38,18 @@ class Plan:
     alternatives: tuple[Candidate, ...]
     rejected: tuple[Candidate, ...]
     reasons: tuple[str, ...]
+    reverted: str = ""
+
+
+def revert(plan: Plan, candidate: Candidate, reason: str) -> Plan:
+    """``plan`` with stock's placement wherever ``candidate`` was chosen."""
+    return replace(
+        plan,
+        chosen=plan.stock if plan.chosen is candidate else plan.chosen,
+        chosen_by_options=plan.stock if plan.chosen_by_options is candidate else plan.chosen_by_options,
+        reverted=reason,
+        reasons=(*plan.reasons, f"taken back: {candidate.label}, {reason}"),
+    )
 
 
 def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:

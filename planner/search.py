@@ -416,12 +416,12 @@ def gpu_names(rig: Rig) -> tuple[str, ...]:
 
 
 def score(candidate: Candidate, objective: Objective) -> float:
-    """What the objective wants more of: tokens/s of decode or prefill, or of a whole turn (``BALANCED_TURN``)."""
+    """What the objective wants more of: tokens/s of decode or prefill, or of a whole turn."""
     if objective == "decode":
         return candidate.decode_tokens_per_s
     if objective == "prefill":
         return candidate.prefill_tokens_per_s
-    prompt, answer = BALANCED_TURN
+    prompt, answer = BALANCED_TURN if objective == "balanced" else objective
     return (prompt + answer) / (prompt / candidate.prefill_tokens_per_s + answer / candidate.decode_tokens_per_s)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ from starlette.exceptions import HTTPException
 from planner.plan import make_plan
 from proxy.access import has_token, is_local_host, is_local_origin, is_loopback
 from proxy.asgi import Application, Receive, Scope, Send
+from proxy.calibration import Calibrator, LearnedPlanner
 from proxy.catalog import Catalog, full_name
 from proxy.derived import Derived
 from proxy.endpoints import V1_PATHS, kind_of, parse_load_request
@@ -29,6 +31,8 @@ from proxy.launch import BODY_LIMIT_BYTES as LAUNCH_LIMIT_BYTES
 from proxy.launches import Launches
 from proxy.launching import Launching
 from proxy.loading import MAX_TOKENS
+from proxy.measurements import FILE_NAME as MEASUREMENTS_FILE
+from proxy.measurements import Measurements
 from proxy.ollama import Ollama
 from proxy.options import stock
 from proxy.outgoing import as_it_is, outgoing
@@ -37,6 +41,7 @@ from proxy.planjson import devices_json, plan_json
 from proxy.renaming import LIST_BYTES, Held, Renamed, shown_list
 from proxy.replies import Reply, error_reply, send_reply
 from proxy.settings import Settings
+from proxy.statefile import StateFile
 
 OWN_PATH = "/lopsided"
 """Everything under it is lopsided's, everything else Ollama's."""
@@ -56,12 +61,20 @@ class Proxy:
     """The proxy as one ASGI application. Made by :func:`create_app`."""
 
     def __init__(
-        self, settings: Settings, *, forwarder: Forwarder, placements: Placements, derived: Derived, own: Application
+        self,
+        settings: Settings,
+        *,
+        forwarder: Forwarder,
+        placements: Placements,
+        derived: Derived,
+        calibrator: Calibrator,
+        own: Application,
     ) -> None:
         self.settings = settings
         self.forwarder = forwarder
         self.placements = placements
         self.derived = derived
+        self.calibrator = calibrator
         self._own = own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,9 +130,14 @@ class Proxy:
         if request.path in V1_PATHS and (reason := self.derived.refusal(wanted.model)):
             self.placements.seen_on_v1(wanted.model)
             header = (PLAN_HEADER, stock(reason).text.encode("ascii"))
-            await self.forwarder.relay(request, await self.forwarder.open(request, body), send, extra_headers=(header,))
+            watch = self.calibrator.begin()
+            try:
+                await self.forwarder.relay(request, await self.forwarder.open(request, body), send, extra_headers=(header,))
+            finally:
+                self.calibrator.end(watch)
             return
         decision = await self.placements.decide(wanted)
+        watch = self.calibrator.begin(decision, wanted)
         answered, losses = False, 0
         try:
             while True:
@@ -141,6 +159,8 @@ class Proxy:
                     ):
                         await response.aclose()
                         decision = instead
+                        self.calibrator.end(watch)
+                        watch = self.calibrator.begin(decision, wanted)
                         continue
                 if isinstance(response, httpx.Response) and response.status_code == 404 and out.alias:
                     seen = await self.forwarder.peek(response, TEXT_LIMIT_BYTES)
@@ -151,13 +171,15 @@ class Proxy:
                         continue
                 header = (PLAN_HEADER, out.text.encode("ascii"))
                 if out.alias is None:
-                    await self.forwarder.relay(request, response, send, seen=seen, extra_headers=(header,))
+                    tail = watch.tail if out.as_planned else None
+                    await self.forwarder.relay(request, response, send, seen=seen, extra_headers=(header,), tail=tail)
                     return
                 renamed = Renamed(send, out.alias)
                 await self.forwarder.relay(request, response, renamed, seen=seen, extra_headers=(header,))
                 await renamed.finish()
                 return
         finally:
+            self.calibrator.end(watch)
             self.placements.done(decision, loaded=answered)
 
     def _refusal(self, scope: Scope) -> Reply | None:
@@ -180,19 +202,21 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
     forwarder = Forwarder(settings.upstream)
     ollama = Ollama(forwarder.client)
     catalog, launches = Catalog(forwarder.client), Launches(time.monotonic)
+    measurements = Measurements(StateFile(settings.state if settings.calibration else None, MEASUREMENTS_FILE))
+    learned = LearnedPlanner(planner=planner, measurements=measurements, objective=settings.objective)
     placements = Placements(
         ollama=ollama,
         catalog=catalog,
         gpus=source,
         settings=settings,
-        planner=planner,
+        planner=learned,
         restarts=lambda: forwarder.transport.restarts,
         launches=launches,
     )
     launching = Launching(
-        rig=placements.rig, catalog=catalog, ollama=ollama, settings=settings, launches=launches, planner=planner
+        rig=placements.rig, catalog=catalog, ollama=ollama, settings=settings, launches=launches, planner=learned
     )
-
+    calibrator = Calibrator(measurements, learned, placements, off=not settings.calibration)
     derived = Derived(ollama=ollama, catalog=catalog, enabled=settings.v1)
 
     @asynccontextmanager
@@ -205,6 +229,7 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         finally:
             await derived.aclose()
             await launching.aclose()
+            await calibrator.aclose()
             await forwarder.aclose()
 
     own = FastAPI(title="lopsided", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -229,7 +254,8 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
 
     @own.get("/lopsided/devices")
     async def devices() -> JSONResponse:
-        return JSONResponse(devices_json(await placements.rig()))
+        rig = await placements.rig()
+        return JSONResponse(devices_json(rig, await asyncio.to_thread(measurements.class_rates, rig)))
 
     @own.get("/lopsided/plan")
     async def plan(model: str, num_ctx: int | None = Query(None, ge=1, le=MAX_TOKENS)) -> JSONResponse:
@@ -264,8 +290,9 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
                     "predicted_bytes": list(in_force.held_bytes or ()) if placed else [],
                     "actual_vram_bytes": actual.vram_bytes if actual else None,
                     "context_length": actual.context_length if actual else None,
+                    **await asyncio.to_thread(calibrator.speeds, in_force),
                 }
             )
         return JSONResponse({"models": rows})
 
-    return Proxy(settings, forwarder=forwarder, placements=placements, derived=derived, own=own)
+    return Proxy(settings, forwarder=forwarder, placements=placements, derived=derived, calibrator=calibrator, own=own)

@@ -157,7 +157,8 @@ def open_stage(era: Era = "llama-server") -> Iterator[Stage]:
     )
     simulator = Simulator(StaticSource.from_arguments(CARDS).rig(), demo_models(), environment=environment)
     with _serving(create_ollama(simulator), {**uvicorn_options(), "date_header": True}) as ollama_url:
-        proxy = create_app(load_settings(host="127.0.0.1:0", upstream=ollama_url, state="off"), source=simulator)
+        settings = load_settings(host="127.0.0.1:0", upstream=ollama_url, state="off", calibration="off")
+        proxy = create_app(settings, source=simulator)
         with _serving(proxy, uvicorn_options()) as proxy_url, httpx.Client(timeout=ANSWER_S, trust_env=False) as client:
             yield Stage(simulator, ollama_url=ollama_url, proxy_url=proxy_url, client=client)
 

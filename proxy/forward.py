@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from proxy.address import Address
+from proxy.answers import Tail
 from proxy.asgi import Headers, Receive, Scope, Send
 from proxy.replies import Reply, error_reply, send_reply
 from proxy.transport import UpstreamTransport
@@ -205,10 +206,11 @@ class Forwarder:
         *,
         seen: bytes = b"",
         extra_headers: Iterable[tuple[bytes, bytes]] = (),
+        tail: Tail | None = None,
     ) -> None:
         """Sends ``response`` to the client as it comes, ``extra_headers`` after its own, and closes it in any case.
 
-        ``seen`` is the beginning of its body, where :meth:`peek` has read that.
+        ``seen`` is the beginning of its body, where :meth:`peek` has read that; ``tail`` is shown what goes by.
         """
         if not isinstance(response, httpx.Response):
             request.finish()
@@ -221,6 +223,8 @@ class Forwarder:
             if seen:
                 await send({"type": "http.response.body", "body": seen, "more_body": True})
             async for chunk in response.stream:  # type: ignore[union-attr]
+                if tail is not None:
+                    tail.feed(chunk)
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             request.finish()
             await send({"type": "http.response.body", "body": b""})

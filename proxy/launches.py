@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TypeVar
 
+from planner.plan import Plan
+from planner.request import Candidate
+
 T = TypeVar("T")
 
 FAILURE_KEPT_S = 3600.0
@@ -53,6 +56,7 @@ class Launches:
         self._pending: OrderedDict[str, _Given] = OrderedDict()
         self._failures: OrderedDict[str, _Failure] = OrderedDict()
         self._expected: OrderedDict[str, None] = OrderedDict()
+        self._placed: OrderedDict[str, tuple[Plan, Candidate]] = OrderedDict()
         self.answering = False
         """The launcher has asked, and no load went past it since."""
         self.spread = False
@@ -69,6 +73,7 @@ class Launches:
         """The launcher asks for ``blob``."""
         self.answering, self.spread = True, spread
         self._expected.pop(blob, None)
+        self._placed.pop(blob, None)
 
     def careful(self, blob: str) -> int:
         """How careful the answer for ``blob`` must be; the one before has failed if it is still open."""
@@ -86,6 +91,14 @@ class Launches:
     def given(self, blob: str, answer: object) -> None:
         """``answer`` went out for ``blob``: from now on it is open whether that loads."""
         _put(self._pending, blob, _Given(answer=answer, at=self._clock()))
+
+    def place(self, blob: str, plan: Plan, candidate: Candidate) -> None:
+        """``blob`` was last told to go where ``candidate`` of ``plan`` has it."""
+        _put(self._placed, blob, (plan, candidate))
+
+    def placed(self, blob: str) -> tuple[Plan, Candidate] | None:
+        """The plan by which ``blob`` was placed last, and which of its candidates; ``None`` where Ollama was left alone."""
+        return self._placed.get(blob)
 
     def has_failed(self, blob: str, answer: object) -> bool:
         """Whether this very answer is the one that failed last."""

@@ -136,6 +136,9 @@ class Launching:
         if careful == 1 and self._launches.has_failed(blob, given):
             careful = self._launches.give_up(blob, given)
             arguments = launch_arguments(plan, names, request, careful=careful)
+        taken = plan.chosen if careful < MOST_CAREFUL else plan.stock
+        if arguments or taken is plan.stock:
+            self._launches.place(blob, plan, taken)
         if arguments:
             self._launches.given(blob, (request.settings, arguments))
             self._watch()

@@ -96,7 +96,7 @@ def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
             options["num_gpu"] = sum(told.placement.shares)
         return _delivery(f"{placement_text(told.placement, plan.rig)}; {how}", options)
     if plan.chosen is plan.stock:
-        return stock(f"{how}; nothing is faster", without=MAIN_GPU)
+        return stock(f"{how}; {plan.reverted or 'nothing is faster'}", without=MAIN_GPU)
     label = placement_text(plan.chosen.placement, plan.rig)
     if tensor_split and plan.chosen.placement.kind == "split":
         shares = ",".join(str(share) for share in plan.chosen.placement.shares)
@@ -113,6 +113,7 @@ def deliver_by_launcher(plan: Plan, *, spread: bool, tensor_split: bool) -> Deli
     if not spread and plan.chosen.placement.kind == "solo":
         return deliver(plan, "llama-server", tensor_split=tensor_split)
     how = "auto" if plan.request.boost is None else f"boost {plan.request.boost:g}"
+    how += f"; {plan.reverted}" if plan.reverted else ""
     text = f"{placement_text(plan.chosen.placement, plan.rig)}; {how}; by the launcher"
     return Delivery(text=header_text(text), without=MAIN_GPU, by_launcher=True)
 
@@ -121,7 +122,7 @@ def _deliver_layers(plan: Plan, how: str) -> Delivery:
     """Up to 0.24: the number of layers on GPUs, where that is not what Ollama would take by itself."""
     layers = sum(plan.chosen.placement.shares)
     if plan.chosen is plan.stock:
-        return stock(f"{how}; nothing is faster", without=MAIN_GPU)
+        return stock(f"{how}; {plan.reverted or 'nothing is faster'}", without=MAIN_GPU)
     label = placement_text(plan.chosen.placement, plan.rig)
     if layers == sum(plan.stock.placement.shares):
         return stock(f"{how}; {label} can't be asked of this Ollama", without=MAIN_GPU)

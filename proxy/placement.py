@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from planner.hardware import Rig
 from planner.plan import Plan, make_plan
 from planner.profile import ModelProfile
-from planner.request import Era, PlanRequest
+from planner.request import Candidate, Era, PlanRequest
 from proxy.catalog import Catalog, ModelFacts, full_name
 from proxy.endpoints import LoadRequest
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
@@ -72,6 +72,16 @@ class _Slot:
     users: int = 0
     seen_at: float = 0.0
     restarts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Running:
+    """A loaded model as its plan has it."""
+
+    name: str
+    blob: str
+    plan: Plan
+    candidate: Candidate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +207,33 @@ class Placements:
         loaded = await self._by_blob(await self._ollama.loaded())
         plan = await self._plan(facts, facts.blob or facts.digest, wanted, loaded)
         return plan, self._delivery(plan, era)
+
+    def running(self, placed: InForce) -> Running | None:
+        """What runs of ``placed``, and where its plan says; ``None`` where that is not known."""
+        by_launcher = self._launches.placed(blob_name(placed.blob)) if placed.delivery.by_launcher else None
+        if by_launcher:
+            return Running(name=placed.model, blob=placed.blob, plan=by_launcher[0], candidate=by_launcher[1])
+        plan, options = placed.plan, placed.delivery.options
+        if plan is None or placed.delivery.by_launcher or "tensor_split" in options:
+            return None
+        if options and plan.request.era == "runner":  # num_gpu leaves the rest to Ollama
+            return None
+        candidate = plan.chosen_by_options if options else plan.stock
+        return Running(name=placed.model, blob=placed.blob, plan=plan, candidate=candidate)
+
+    async def look(self, blob: str) -> tuple[Rig | None, int | None]:
+        """The rig as it is now, ``None`` where nothing watches it, and what ``blob`` takes on all GPUs, ``None`` if not loaded.
+
+        Raises ``LopsidedError``.
+        """
+        entry = (await self._by_blob(await self._ollama.loaded())).get(blob)
+        return await self.rig() if self._live else None, entry.vram_bytes if entry else None
+
+    def take_back(self, blob: str) -> None:
+        """The plan of ``blob`` turned out slower than stock: the next request that finds it idle gets another."""
+        slot = self._slots.get(blob)
+        if slot is not None and not slot.users:
+            slot.current = None
 
     def in_force(self) -> tuple[InForce, ...]:
         """Every placement that was decided and has not ended as far as is known."""

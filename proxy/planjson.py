@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from planner.hardware import Gpu, Rig
@@ -9,8 +11,12 @@ from planner.plan import Plan
 from planner.power import power_shares, raw_powers
 from planner.profile import ModelProfile
 from planner.request import Candidate
+from planner.speed import Calibration, gpu_rates
 from proxy.launch import render
 from proxy.options import Delivery, device_names
+
+NOTHING: Mapping[str, Calibration] = MappingProxyType({})
+"""No rates of any class."""
 
 
 def plan_json(plan: Plan, delivery: Delivery) -> dict[str, Any]:
@@ -83,9 +89,10 @@ def launcher_arguments(plan: Plan) -> list[str]:
     return list(render(placement, device_names(plan.rig), settings=settings, asked=plan.stock.settings) or ())
 
 
-def gpu_json(gpu: Gpu, index: int, *, power_share: float) -> dict[str, Any]:
-    """A GPU as ``GET /lopsided/devices`` shows it."""
+def gpu_json(gpu: Gpu, index: int, *, power_share: float, measured: Mapping[str, Calibration] = NOTHING) -> dict[str, Any]:
+    """A GPU as ``GET /lopsided/devices`` shows it; ``measured`` are the rates by class of model, if any."""
     capability = gpu.compute_capability
+    predicted = gpu_rates(gpu)
     return {
         "index": index,
         "uuid": gpu.uuid,
@@ -99,10 +106,16 @@ def gpu_json(gpu: Gpu, index: int, *, power_share: float) -> dict[str, Any]:
         "clock_mhz": gpu.clock_mhz,
         "bandwidth_bytes_per_s": gpu.bandwidth_bytes_per_s,
         "power_share": power_share,
+        "predicted": _rates_json(predicted.decode_bytes_per_s, predicted.prefill_flops_per_s),
+        "measured": {name: _rates_json(*found.rates[gpu.uuid]) for name, found in measured.items() if gpu.uuid in found.rates},
     }
 
 
-def devices_json(rig: Rig) -> dict[str, Any]:
-    """All GPUs, in Ollama's order."""
+def _rates_json(decode_bytes_per_s: float, prefill_flops_per_s: float) -> dict[str, float]:
+    return {"decode_bytes_per_s": decode_bytes_per_s, "prefill_flops_per_s": prefill_flops_per_s}
+
+
+def devices_json(rig: Rig, measured: Mapping[str, Calibration] = NOTHING) -> dict[str, Any]:
+    """All GPUs, in Ollama's order; ``measured`` as in ``Measurements.class_rates``."""
     shares = power_shares(raw_powers(rig.gpus))
-    return {"gpus": [gpu_json(gpu, index, power_share=shares[index]) for index, gpu in enumerate(rig.gpus)]}
+    return {"gpus": [gpu_json(gpu, index, power_share=shares[index], measured=measured) for index, gpu in enumerate(rig.gpus)]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import httpx
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -27,6 +27,9 @@ FILE_VARIABLE = "LOPSIDED_CONFIG"
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
 """What Ollama takes for ``OLLAMA_KV_CACHE_TYPE``."""
+
+OBJECTIVES = ("decode", "prefill", "balanced", "auto")
+"""What a plan is to make fast; ``auto``: each model's usual turn."""
 
 GO_BOOLEANS = {
     **dict.fromkeys(("1", "t", "T", "true", "True", "TRUE"), True),
@@ -84,6 +87,12 @@ def _switch(value: Any) -> Any:
     if (text := str(value).lower()) not in ("on", "off"):
         raise ValueError("on or off")
     return text == "on"
+
+
+def _objective(value: Any) -> Any:
+    if (name := str(value).lower()) not in OBJECTIVES:
+        raise ValueError("one of " + ", ".join(OBJECTIVES))
+    return name
 
 
 def _go_boolean(value: Any) -> Any:
@@ -179,6 +188,12 @@ class Settings(BaseSettings):
     """The same for those who have set it for Ollama."""
     boost: Annotated[float | None, BeforeValidator(_boost)] = Field(None, validation_alias="OLLAMA_SCHED_COMPUTE_BOOST")
     """The boost algorithm's factor; ``None`` is the automatic search."""
+    objective: Annotated[Literal["decode", "prefill", "balanced", "auto"], BeforeValidator(_objective)] = Field(
+        "decode", validation_alias="LOPSIDED_OBJECTIVE"
+    )
+    """What a plan is to make fast, one of ``OBJECTIVES``."""
+    calibration: Switch = Field(True, validation_alias="LOPSIDED_CALIBRATION")
+    """Learn from answers how fast each GPU is; off: plans by the cards' data alone."""
     tensor_split: Switch = Field(True, validation_alias="LOPSIDED_TENSOR_SPLIT")
     """Inject ``tensor_split`` for plans over several GPUs: forks of Ollama obey it, stock logs it as invalid."""
     v1: Switch = Field(True, validation_alias="LOPSIDED_V1")

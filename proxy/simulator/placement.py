@@ -14,7 +14,7 @@ from planner.placement import Placement
 from planner.profile import ModelProfile
 from planner.request import RUNTIME_BYTES, Era, PlanRequest
 from planner.settings import LoadSettings
-from planner.speed import predict_speed
+from planner.speed import Calibration, predict_speed
 from planner.stock import (
     CONTEXT_TIERS,
     SOLO_PERCENT,
@@ -47,6 +47,8 @@ class Environment:
     keep_alive_s: float = DEFAULT_KEEP_ALIVE_S
     max_loaded_models: int | None = None
     honours_tensor_split: bool = False
+    rates: Calibration | None = None
+    """How fast the cards really are, where not as fast as their data say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +116,7 @@ def choose_load(profile: ModelProfile, rig: Rig, options: RunnerOptions, environ
     if environment.era == "llama-server" and not request.embedding:
         settings = replace(settings, outputs=settings.parallel)
     memory = estimate_memory(profile, settings, placement, runtime_bytes=[request.runtime_bytes] * len(rig.gpus))
-    speed = predict_speed(profile, rig, settings, placement)
+    speed = predict_speed(profile, rig, settings, placement, environment.rates)
     return Load(
         placement=placement,
         settings=settings,

@@ -16,6 +16,7 @@ from planner.placement import solo
 from planner.units import GIB
 from proxy import placement
 from proxy.address import Address
+from proxy.calibration import SPEED_FIELDS
 from proxy.gpus.static import StaticSource
 from proxy.inforce import InForce, Ledger, file_name, from_json, to_json
 from proxy.options import Delivery
@@ -59,15 +60,21 @@ def asking(ollama, state, index):
         yield ask
 
 
+def placements_of(url):
+    """The models in force, without their speeds: a plan that was taken over is not predicted anew."""
+    rows = httpx.get(url + "/lopsided/models").json()["models"]
+    return [{name: value for name, value in row.items() if name not in SPEED_FIELDS} for row in rows]
+
+
 def test_a_loaded_models_plan_is_the_same_after_a_restart_and_nothing_reloads(ollama, tmp_path):
     # shows: the second proxy would place it elsewhere, and goes on with what is in force; other models are planned anew
     simulator, _ = ollama
     with asking(ollama, tmp_path, 1) as ask:
         assert ask(num_ctx=4096) == "solo CUDA1; auto"
-        before = httpx.get(ask.url + "/lopsided/models").json()
+        before = placements_of(ask.url)
     simulator.gpus.occupy(1, 8 * GIB)
     with asking(ollama, tmp_path, 0) as ask:
-        assert httpx.get(ask.url + "/lopsided/models").json() == before
+        assert placements_of(ask.url) == before
         assert [ask(num_ctx=4096) for _ in range(2)] == ["solo CUDA1; auto"] * 2
         assert ask(OTHER) == "stock; auto; nothing is faster"
     with asking(ollama, tmp_path, 1) as ask:
@@ -109,11 +116,11 @@ def test_an_ollama_that_does_not_answer_yet_costs_no_plan_in_force(ollama, tmp_p
 def test_a_broken_file_is_moved_aside_and_plans_are_made_anew(ollama, tmp_path, damage):
     with asking(ollama, tmp_path, 1) as ask:
         ask()
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("in-force-*.json")
     file.write_bytes(damage)
     with asking(ollama, tmp_path, 0) as ask:
         assert ask() == "stock; auto; nothing is faster"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, f"{file.name}.corrupt"]
+    assert sorted(path.name for path in tmp_path.glob("in-force-*")) == [file.name, f"{file.name}.corrupt"]
 
 
 def test_without_a_place_for_it_everything_else_works(ollama, tmp_path):
