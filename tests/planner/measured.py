@@ -86,9 +86,15 @@ class Difference:
         return abs(self.total_mib) <= max(share * self.measured_mib, mib)
 
 
+def read_table(name: str) -> list[dict[str, Any]]:
+    """The rows of a table under tests/data/memory."""
+    rows: list[dict[str, Any]] = json.loads((DATA / "memory" / f"{name}.json").read_text())
+    return rows
+
+
 def differences(table: str) -> Iterator[Difference]:
     """Every device and host of a table under tests/data/memory."""
-    for row in json.loads((DATA / "memory" / f"{table}.json").read_text()):
+    for row in read_table(table):
         profile = profile_of(row["model"])
         memory = estimate_of(row, profile)
         for device, (weights, kv, compute) in row["bytes"].items():

@@ -15,7 +15,7 @@ from planner.placement import Placement, on_cpu, solo
 from planner.profile import ModelProfile, build_profile
 from planner.settings import LoadSettings
 from planner.units import MIB
-from tests.planner.measured import DATA, Difference, differences, estimate_of, profile_of
+from tests.planner.measured import DATA, Difference, differences, estimate_of, profile_of, read_table
 
 TABLES = ("models", "families")
 MODELS = sorted(path.stem for path in (DATA / "gguf").glob("*.gguf"))
@@ -32,6 +32,19 @@ def test_weights_and_caches_are_exact(table: str) -> None:
     """Weights, KV cells and recurrent states are exact to 1 MiB on every device and on the host."""
     assert len(found(table)) > 400
     assert [d for d in found(table) if max(abs(d.weights_mib), abs(d.kv_mib)) > 1] == []
+
+
+@pytest.mark.parametrize(("build", "parts", "loads"), [("cuda_b10488", 3, 162), ("cuda_b11434", 2, 420)])
+def test_the_truth_is_what_cuda_devices_answered(build: str, parts: int, loads: int) -> None:
+    """Real GPUs gave the same whole MiB for every load; a later llama.cpp the same weights and caches."""
+    key = ("model", "ctx", "ubatch", "kv", "split")
+    dry = {tuple(row[k] for k in key): row["bytes"] for row in read_table("models")}
+    rows = read_table(build)
+    assert len(rows) == loads
+    for row in rows:
+        answer = dry[tuple(row[k] for k in key)]
+        for device, mib in row["mib"].items():
+            assert [size // MIB for size in answer.get(device, [0, 0, 0])[:parts]] == mib[:parts], row
 
 
 def test_totals_of_the_sixteen_shapes() -> None:
