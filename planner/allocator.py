@@ -79,15 +79,23 @@ class Allocator:
             sizes.insert(i, size)
 
 
-Step = tuple[bool, int, int]
-"""Allocate (True) or free (False) the tensor in a numbered slot, of so many bytes."""
+RELEASE, ALLOCATE, PART = range(3)
+"""Release the tensor in a slot; allocate one; or call what lies behind its first bytes ``SCRATCH`` + its slot."""
+
+SCRATCH = 1 << 20
+"""Slots from here on are the scratch memory behind other tensors; a layer has far fewer."""
+
+Step = tuple[int, int, int]
+"""An action, the slot of a tensor, and bytes."""
 
 
 def replay(allocator: Allocator, steps: Iterable[Step], slots: dict[int, int]) -> None:
     """Carry out ``steps``; ``slots`` holds the offset of each living tensor by its number, and is changed."""
     allocate, free = allocator.allocate, allocator.free
-    for is_allocation, slot, size in steps:
-        if is_allocation:
+    for action, slot, size in steps:
+        if action == ALLOCATE:
             slots[slot] = allocate(size)
-        else:
+        elif action == RELEASE:
             free(slots.pop(slot), size)
+        else:
+            slots[SCRATCH + slot] = slots[slot] + size

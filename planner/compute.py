@@ -8,6 +8,8 @@ soon, so that a hundred layers cost hardly more than three.
 from __future__ import annotations
 
 from planner.allocator import Allocator, State, Step, replay
+from planner.cache import layer_caches
+from planner.graph import next_early
 from planner.inputs import cells_of, scale_of
 from planner.profile import ModelProfile
 from planner.schedule import DevicePart, Schedule, schedules_of
@@ -28,8 +30,8 @@ Moment = tuple[State, tuple[tuple[int, int], ...]]
 class ComputeModel:
     """Compute buffers of one model with one set of settings. Results are kept; make one with ``compute_model``."""
 
-    def __init__(self, profile: ModelProfile, settings: LoadSettings) -> None:
-        scale = scale_of(profile, settings)
+    def __init__(self, profile: ModelProfile, settings: LoadSettings, *, falls: bool) -> None:
+        scale = scale_of(profile, settings, falls=falls)
         self._cells = cells_of(profile, settings, scale)
         self._schedules = schedules_of(profile, scale)
         self._altup = profile.integer("altup.num_inputs") > 1
@@ -49,7 +51,13 @@ class ComputeModel:
         """Bytes of the host's compute buffer: the inputs, and what layers in RAM hand over for their caches."""
         schedules = self._schedules
         inputs = sum(self._size(schedules.sizes[name]) for name in schedules.host_inputs)
-        handed = max((schedules.handed_bytes(i) for i in visitors), default=0)
+        handed = max((self._size(schedules.handed(i)) for i in visitors), default=0)
+        attended = [(result, self._size(copied)) for result, copied in schedules.on_host(visitors.stop)]
+        if copies > 1:
+            inputs += sum(copied for _, copied in attended)
+            handed = max((handed, *(result for result, _ in attended)))
+        else:
+            handed = max((handed, *(result + copied for result, copied in attended)))
         embedding = schedules.embedding_bytes
         arriving = embedding * (1 + schedules.adds_positions) + schedules.per_layer_bytes
         return embedding + inputs * copies + max(arriving, handed)
@@ -93,6 +101,20 @@ class ComputeModel:
         return found
 
 
-def compute_model(profile: ModelProfile, settings: LoadSettings) -> ComputeModel:
-    """The compute model of a profile with these settings; made once."""
-    return profile.remember("compute", settings, lambda: ComputeModel(profile, settings))
+def compute_model(profile: ModelProfile, settings: LoadSettings, *, cpu_layers: int = 0) -> ComputeModel:
+    """The compute model of a profile with these settings, and so many layers in RAM; made once."""
+    falls = attention_falls(profile, cpu_layers)
+    return profile.remember("compute", (settings, falls), lambda: ComputeModel(profile, settings, falls=falls))
+
+
+def attention_falls(profile: ModelProfile, cpu_layers: int) -> bool:
+    """Whether ``--flash-attn auto`` gives up because of where the border between RAM and GPU lies.
+
+    It looks whether attention runs where its layer lies (``resolve_fused_ops``, ``src/llama-context.cpp``). In a hybrid model the
+    states of a layer on the GPU may be fetched right behind the attention of one in RAM, which draws it to the GPU.
+    """
+    if not 0 < cpu_layers < profile.n_computed_layers:
+        return False
+    caches = layer_caches(profile)
+    last = next((i for i in reversed(range(cpu_layers)) if caches[i].attends), None)
+    return last is not None and (next_early(profile, last) or 0) >= cpu_layers

@@ -67,10 +67,10 @@ FAMILIES: dict[str, Family] = {
     # encoders
     "bert": _ENCODER,
     "eurobert": _ENCODER,
-    "gemma-embedding": _ENCODER,
+    "gemma-embedding": _row("encoder", period=6),
     "jina-bert-v2": _ENCODER,
     "jina-bert-v3": _ENCODER,
-    "modern-bert": _ENCODER,
+    "modern-bert": _row("encoder", "window_needs_key", "global_first", period=3),
     "neo-bert": _ENCODER,
     "nomic-bert": _ENCODER,
     "nomic-bert-moe": _ENCODER,

@@ -29,6 +29,8 @@ from planner.inputs import (
     VALUE_ROTATION,
     WINDOW,
     Scale,
+    attention_features,
+    convolution_state_elements,
     rotates,
     rotation_bytes,
 )
@@ -44,6 +46,7 @@ class LayerGraph:
     * ``host_experts``: only the routed experts lie in RAM.
     * ``normed``: the first norm came from the device before.
     * ``has_states``, ``fetches_states``: a Mamba layer's convolution states are fetched by the layer before that mixes tokens.
+    * ``pipelined``: the device keeps copies of all that comes from elsewhere.
     * ``experts``: ``away``: they lie in RAM and the first device computes them; ``only``: this is that device's share of it,
       with a second weight on its way.
     * ``brings``: sizes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
@@ -63,6 +66,7 @@ class LayerGraph:
         brings: Mapping[int, Size] | None = None,
         has_states: bool = False,
         fetches_states: bool = False,
+        pipelined: bool = False,
         experts: Literal["here", "away", "only"] = "here",
     ) -> None:
         self.tape = Tape()
@@ -85,7 +89,7 @@ class LayerGraph:
         self._has_states = has_states
         self._fetches_states = fetches_states
         self._own_states: tuple[int, ...] = ()
-        self._falls_back = scale.falls_back
+        self._pipelined = pipelined
         self._projects_late = profile.architecture in PROJECTS_LATE
         self._experts_away = experts == "away"
         if experts == "only":
@@ -206,9 +210,9 @@ class LayerGraph:
         result = self._attend(q, value_features)
         self._fetch_states()
         if gate is not None:
-            result = self._in_place(result, self._in_place(gate))
+            result = self._add(result, self._in_place(gate))
         if self._has("attn_gate") and not is_recurrent(self._weights):
-            result = self._in_place(result, self._in_place(self._project("attn_gate", x)))
+            result = self._add(result, self._in_place(self._project("attn_gate", x)))
         if self._has("attn_sub_norm"):
             result = self._norm_view(result, self._out("attn_output"))
         if self._projects_late:
@@ -216,9 +220,7 @@ class LayerGraph:
         return self._project("attn_output", result) if self._has("attn_output") else result
 
     def _query_features(self) -> int:
-        heads = self._profile.per_layer("attention.head_count")[self._index]
-        heads_kv = self._profile.per_layer_or("attention.head_count_kv", self._profile.per_layer("attention.head_count"))
-        return heads * (self._cache.key_elements // max(heads_kv[self._index], 1))
+        return attention_features(self._profile, self._cache, self._index)[0]
 
     def _value_features(self) -> int:
         return self._cache.value_elements
@@ -284,13 +286,18 @@ class LayerGraph:
         heads = all_heads[self._index]
         heads_kv = 1 if latent else max(self._profile.per_layer_or("attention.head_count_kv", all_heads)[self._index], 1)
         out_features = heads * value_features // heads_kv
+        if scale.attention == "host":
+            self.tape.use(q)
+            size = out_features * self._tokens * F32
+            result = self.tape.given(size) if self._pipelined else self.tape.op(size)
+            return result if latent or self._projects_late else self._rotated(result, out_features, self._value_rotation)
         copies: tuple[int, ...] = ()
         if self._offloaded and cache.owns_cache:
             row = scale.keys.row_bytes(cache.key_elements)
             # with latent attention values are a view of keys, yet copied as well
             copies = (self._cells(row), self._cells(row if latent else scale.values.row_bytes(value_features)))
         mask = self._bring(self._mask)
-        if scale.flash_attention:
+        if scale.fused:
             extra = 0
             reads = (q, *copies, mask)
             if scale.keys.name == "F32":  # cast before, not inside
@@ -304,13 +311,13 @@ class LayerGraph:
                 reads += (self._cells(value_features * F16),)
             elif values.name != "F16":
                 extra += value_features * F16
-            growth = self._per_cell(extra * scale.sequences)
-            result = self.tape.op(out_features * self._tokens * F32, *reads, growth=growth)
+            scratch = self._per_cell(extra * scale.sequences)
+            result = self.tape.op(out_features * self._tokens * F32, *reads, scratch=scratch)
             return result if latent or self._projects_late else self._rotated(result, out_features, self._value_rotation)
         scores = self.tape.op(0, q, *copies[:1], growth=self._per_cell(self._tokens * heads * F32))
         scores = self._in_place(scores, mask)
         operands = copies[1:]
-        if self._falls_back:  # the cache was made for fused attention: values lie the other way round
+        if scale.attention == "fallen":  # the cache was made for fused attention: values lie the other way round
             operands += (self._cells(scale.values.row_bytes(value_features), *copies[1:]),)
         result = self._op(out_features, scores, *operands)
         if latent:
@@ -378,19 +385,17 @@ class LayerGraph:
 
     def _first_states(self) -> tuple[int, ...]:
         """The first Mamba layer of a device fetches its own states, before anything else."""
-        if not is_mamba(self._weights) or self._has_states or self._offloaded:
+        if not fetches_early(self._weights) or self._has_states or self._offloaded:
             return ()
-        return (self._mamba_states(),)
+        return (self._convolution_states(),)
 
     def _fetch_states(self) -> None:
         """The convolution states of the next Mamba layer are fetched as soon as this layer has looked at other tokens."""
         if self._fetches_states:
-            self.brought[STATES] = self._mamba_states()
+            self.brought[STATES] = self._convolution_states()
 
-    def _mamba_states(self) -> int:
-        profile = self._profile
-        channels = profile.integer("ssm.inner_size") + 2 * profile.integer("ssm.group_count") * profile.integer("ssm.state_size")
-        return self._state((profile.integer("ssm.conv_kernel") - 1) * channels)
+    def _convolution_states(self) -> int:
+        return self._state(convolution_state_elements(self._profile))
 
     def _delta_net(self, x: int) -> int:
         """Gated delta net (``src/models/qwen3next.cpp``, ``qwen35.cpp``, ``delta-net-base.cpp``), fused on CUDA."""
@@ -458,8 +463,9 @@ class LayerGraph:
         width, taps = self._width, self._profile.integer("shortconv.l_cache")
         gates = self._project("shortconv.in_proj", x)
         gated = self._op(width, gates)
-        states = self._state((taps - 1) * width)
+        states = STATES if self._has_states else (self._own_states or (self._convolution_states(),))[0]
         joined = self.tape.op((self._tokens + (taps - 1) * self._scale.sequences) * width * F32, states, gated)
+        self._fetch_states()
         return self._project("shortconv.out_proj", self._in_place(self._op(width, joined), gates))
 
     def _rwkv(self, x: int) -> int:
@@ -707,8 +713,13 @@ def is_mamba(tensors: Mapping[str, Tensor]) -> bool:
     return "ssm_in.weight" in tensors and not any(name.startswith(("ssm_ba", "ssm_beta", "ssm_alpha")) for name in tensors)
 
 
-def next_mamba(profile: ModelProfile, index: int) -> int | None:
-    """The Mamba layer whose states are fetched right behind the attention or the scan of layer ``index``, if any.
+def fetches_early(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the states of a layer's convolution are fetched while the layer before still runs, see ``next_early``."""
+    return is_mamba(tensors) or "shortconv.in_proj.weight" in tensors
+
+
+def next_early(profile: ModelProfile, index: int) -> int | None:
+    """The layer whose states are fetched right behind the attention or the scan of layer ``index``, if any.
 
     ``build_rs`` puts them into the graph at once, while what follows in this layer waits for its reader; routed experts end the
     wait (``build_moe_ffn`` calls ``ggml_build_forward_expand``).
@@ -716,11 +727,11 @@ def next_mamba(profile: ModelProfile, index: int) -> int | None:
     for i in range(index, profile.n_computed_layers - 1):
         if "ffn_gate_inp.weight" in profile.layer_tensors[i]:
             return None
-        if is_mamba(profile.layer_tensors[i + 1]):
+        if fetches_early(profile.layer_tensors[i + 1]):
             return i + 1
     return None
 
 
 def attends_in_ram(profile: ModelProfile, index: int) -> bool:
-    """Attention over a cache in RAM runs on the CPU where the states of a later Mamba layer are fetched right behind it."""
-    return next_mamba(profile, index) is not None
+    """Attention over a cache in RAM runs on the CPU where the states of a later layer are fetched right behind it."""
+    return next_early(profile, index) is not None

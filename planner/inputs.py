@@ -7,6 +7,7 @@ Sources, llama.cpp b10488: the ``llm_graph_input_*`` classes and ``build_inp_*``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from planner.allocator import align
 from planner.cache import LayerCache, layer_caches, sequence_ctx, ubatch_tokens, window_cells, window_tokens
@@ -31,37 +32,48 @@ WINDOW = 20
 """Layers with a window have a cache, a mask and matrices of their own: their names are lower by this."""
 
 
+Attention = Literal["fused", "plain", "fallen", "host"]
+"""``fused``: one operation. ``plain``: scores as a matrix. ``fallen``: the same with a cache that was made for fused attention,
+since the GPU has no kernel. ``host``: one operation, on the CPU."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
     """What is computed at a time: tokens of a micro-batch, tokens whose logits are wanted. The cells come later: ``cells_of``.
 
-    ``falls_back``: fused attention was wanted, but CUDA has no kernel for it.
+    ``attention``, see ``attention_of``, and what follows from it for cache and mask: ``fused``.
     """
 
     tokens: int
     outputs: int
     sequences: int
-    flash_attention: bool
-    falls_back: bool
+    attention: Attention
     keys: GgmlType
     values: GgmlType
 
+    @property
+    def fused(self) -> bool:
+        """Whether attention is one operation, wherever it runs."""
+        return self.attention in ("fused", "host")
 
-def scale_of(profile: ModelProfile, settings: LoadSettings) -> Scale:
-    """The graph that ``llama_context::sched_reserve`` measures: a full micro-batch."""
+
+def scale_of(profile: ModelProfile, settings: LoadSettings, *, falls: bool = False) -> Scale:
+    """The graph that ``llama_context::sched_reserve`` measures: a full micro-batch. ``falls``: attention is not to be fused."""
     encoder = _is_encoder(profile)
-    fused = runs_flash_attention(profile, settings)
     sequences = settings.parallel
     tokens = min(ubatch_tokens(settings, causal=not encoder), sequence_ctx(settings) * sequences)
     tokens = -(-tokens // sequences) * sequences
+    keys, values = (ggml_type("f16" if encoder else name) for name in (settings.kv_type_k, settings.kv_type_v))
+    attention = attention_of(profile, keys, values, wanted=settings.flash_attention)
+    if falls and attention == "fused" and values.block_size == 1:
+        attention = "fallen"
     return Scale(
         tokens=tokens,
         outputs=min(tokens, settings.outputs or tokens),
         sequences=sequences,
-        flash_attention=fused,
-        falls_back=settings.flash_attention and not fused,
-        keys=ggml_type("f16" if encoder else settings.kv_type_k),
-        values=ggml_type("f16" if encoder else settings.kv_type_v),
+        attention=attention,
+        keys=keys,
+        values=values,
     )
 
 
@@ -82,17 +94,29 @@ FLASH_ATTENTION_HEADS = frozenset(
 )
 """Sizes of key and value heads for which CUDA has a kernel (``ggml_cuda_get_best_fattn_kernel``, ``ggml-cuda/fattn.cu``)."""
 
+FLASH_ATTENTION_TYPES = frozenset({"F16", "BF16", "Q8_0", "Q4_0"})
+"""Cache types for which CUDA has a kernel, K and V alike, unless built with ``GGML_CUDA_FA_ALL_QUANTS``
+(``ggml_cuda_fattn_kv_type_supported``)."""
 
-def runs_flash_attention(profile: ModelProfile, settings: LoadSettings) -> bool:
-    """Whether attention is fused: asked for, and known to CUDA; ``--flash-attn auto`` falls back where it is not.
 
-    With quantized values there is no way back, so they count as fused.
+def attention_of(profile: ModelProfile, keys: GgmlType, values: GgmlType, *, wanted: bool) -> Attention:
+    """What becomes of attention under ``--flash-attn auto``, as Ollama passes it (``off`` where it is not ``wanted``).
+
+    Where CUDA has no kernel it falls back, but not with quantized values: those need fused attention, so that it runs on the
+    CPU then, to which keys and values are copied (``llama_init_from_model`` and ``resolve_fused_ops``,
+    ``src/llama-context.cpp``).
     """
+    if not wanted:
+        return "plain"
     heads = max(profile.integer("attention.head_count"), 1)
     head = profile.embedding_length // heads
     key, value = profile.integer("attention.key_length", head), profile.integer("attention.value_length", head)
-    known = not key or (key, value) in FLASH_ATTENTION_HEADS or not value
-    return settings.flash_attention and (known or ggml_type(settings.kv_type_v).block_size > 1)
+    latent = bool(profile.integer("attention.key_length_mla"))  # whose values are a view of the keys
+    known_heads = not key or (key, value) in FLASH_ATTENTION_HEADS or not value
+    seen = {"F16" if kind.name == "F32" else kind.name for kind in ((keys,) if latent else (keys, values))}  # F32 is cast before
+    if known_heads and len(seen) == 1 and seen <= FLASH_ATTENTION_TYPES:
+        return "fused"
+    return "host" if values.block_size > 1 else "fallen"
 
 
 NO_ROTATION = frozenset(
@@ -146,6 +170,25 @@ def rotates(profile: ModelProfile, cache: LayerCache) -> bool:
     return profile.architecture not in NO_ROTATION
 
 
+def attention_features(profile: ModelProfile, cache: LayerCache, index: int) -> tuple[int, int]:
+    """Features of a token's queries in a layer, and of what attention makes of them."""
+    all_heads = profile.per_layer("attention.head_count")
+    heads = all_heads[index]
+    if not cache.value_elements and profile.integer("attention.key_length_mla"):  # latent: one key, whose head is the value
+        return heads * cache.key_elements, heads * profile.integer("attention.kv_lora_rank")
+    groups = max(profile.per_layer_or("attention.head_count_kv", all_heads)[index], 1)
+    return heads * (cache.key_elements // groups), heads * cache.value_elements // groups
+
+
+def convolution_state_elements(profile: ModelProfile) -> int:
+    """Elements of one sequence's convolution state in a layer: the tokens before, as Mamba or LFM2 keep them."""
+    if taps := profile.integer("shortconv.l_cache"):
+        return (taps - 1) * profile.embedding_length
+    inner, groups = profile.integer("ssm.inner_size"), profile.integer("ssm.group_count")
+    channels = inner + 2 * groups * profile.integer("ssm.state_size")
+    return max(profile.integer("ssm.conv_kernel") - 1, 0) * channels
+
+
 def embedding_bytes(profile: ModelProfile, scale: Scale) -> int:
     """Bytes of a micro-batch's hidden state."""
     return align(profile.embedding_length * scale.tokens * F32)
@@ -153,15 +196,12 @@ def embedding_bytes(profile: ModelProfile, scale: Scale) -> int:
 
 def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
     """Bytes of each input on a device, by name; 0 where a model has no such input."""
-    fused = scale.flash_attention
-    mask_element = F16 if fused else F32
+    mask_element = F16 if scale.fused else F32
     # without flash attention V is stored transposed, and each of its elements has an index (build_input_v_idxs)
     widest = max((cache.value_elements for cache in layer_caches(profile)), default=1)
-    indices = 2 if fused or scale.falls_back else 1 + widest
+    indices = 1 + widest if scale.attention == "plain" else 2
     tokens, embedding = scale.tokens, embedding_bytes(profile, scale)
     per_layer = profile.integer("embedding_length_per_layer_input") * profile.n_layers
-    inner, groups = profile.integer("ssm.inner_size"), profile.integer("ssm.group_count")
-    channels = inner + 2 * groups * profile.integer("ssm.state_size")
     fixed = {
         RESIDUAL: profile.embedding_length * max(profile.integer("altup.num_inputs"), 1) * tokens * F32,
         NORMED: embedding,
@@ -169,7 +209,7 @@ def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
         POSITIONS: tokens * I32,
         OUTPUT_ROWS: scale.outputs * I32,
         STATE_ROWS: scale.sequences * I32,
-        STATES: max(profile.integer("ssm.conv_kernel") - 1, 0) * channels * scale.sequences * F32,
+        STATES: convolution_state_elements(profile) * scale.sequences * F32,
     }
     for offset in (0, WINDOW):
         fixed[INDICES - offset] = indices * tokens * I64

@@ -63,7 +63,7 @@ def estimate_memory(
     projector_gpu = min(placement.order, default=None)
     weights = profile.weights_before
     caches = tuple(accumulate(cache_bytes(profile, settings), initial=0))
-    compute = compute_model(profile, settings)
+    compute = compute_model(profile, settings, cpu_layers=placement.cpu_layers)
     visitors = range(placement.cpu_layers)
     pipelined = (
         len(placement.order) > 1 and not placement.cpu_layers and not placement.cpu_experts and placement.output_gpu is not None

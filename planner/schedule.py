@@ -18,8 +18,9 @@ from planner.graph import (
     SPARSE_GEMMA3N_LAYERS,
     LayerGraph,
     attends_in_ram,
+    fetches_early,
     is_mamba,
-    next_mamba,
+    next_early,
 )
 from planner.inputs import (
     F32,
@@ -35,12 +36,16 @@ from planner.inputs import (
     VALUE_ROTATION,
     WINDOW,
     Scale,
+    attention_features,
     embedding_bytes,
     input_sizes,
     rotates,
 )
 from planner.profile import ModelProfile
 from planner.tape import STEADY, Program, Size, Tape
+
+PRE_NORMS = frozenset({"attn_norm.weight", "ln1.weight"})
+"""Tensors with which a layer begins; some architectures norm only what attention and feed-forward return."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +103,15 @@ class Schedules:
         self.embedding_bytes = embedding_bytes(profile, scale)
         self._altup = profile.integer("altup.num_inputs") > 1
         self._owners = [i for i in range(self._n) if self._caches[i].owns_cache]
-        mamba = {i for i in {*self._kinds} if is_mamba(profile.layer_tensors[i])}
-        self._mamba_layers = [i for i, kind in enumerate(self._kinds) if kind in mamba]
+        tensors = profile.layer_tensors
+        self._early_layers = {i for i, kind in enumerate(self._kinds) if fetches_early(tensors[kind])}
+        self._mamba_layers = [i for i in sorted(self._early_layers) if is_mamba(tensors[i])]
         self._programs: dict[object, Program] = {}
         self._parts: dict[DevicePart, Schedule] = {}
         self._alikes: dict[object, Schedule] = {}
         self._read_by: dict[tuple[int, bool, bool], tuple[int, ...]] = {}
         last = {self._kinds[self._n - 1]: self._n - 1}
-        reads = [self._reads(i, visiting=False) for i in {*self._kinds, *last.values()}]
+        reads = [self._inputs_of(i, visiting=False, on_host=True) for i in {*self._kinds, *last.values()}]
         self.host_inputs = frozenset(name for names in reads for name in names) - {PER_LAYER}
         """Names of the inputs that the host fills in."""
 
@@ -119,9 +125,12 @@ class Schedules:
             found = self._parts[part] = self._alikes[alike]
         return found
 
-    def handed_bytes(self, i: int) -> int:
-        """What a layer in RAM copies back from the device that computes it: new keys and values, or what its state is made of."""
-        profile, cache, tensors = self._profile, self._caches[i], self._profile.layer_tensors[i]
+    def handed(self, i: int) -> Size:
+        """What a layer in RAM takes there: new keys and values, or what its state is made of, from the device that computes it.
+
+        Where attention runs in RAM, and is not fused, its scores are in it.
+        """
+        profile, cache, tensors, scale = self._profile, self._caches[i], self._profile.layer_tensors[i], self._scale
         features = cache.key_elements + cache.value_elements if cache.owns_cache else 0
         if "attn_qkv.weight" in tensors and cache.owns_cache:  # values are a view of the joint projection
             features = tensors["attn_qkv.weight"].shape[1] + cache.key_elements
@@ -130,7 +139,14 @@ class Schedules:
             channels = inner + 2 * profile.integer("ssm.group_count") * state
             in_ram = is_mamba(tensors)
             features = 3 * channels + inner if in_ram else channels
-        return features * self._scale.tokens * F32 + (cache.state_elements * self._scale.sequences * F32)
+        growth = 0
+        if cache.attends and not scale.fused and attends_in_ram(profile, i):
+            queries, attended = attention_features(profile, cache, i)
+            features += queries + attended
+            growth = profile.per_layer("attention.head_count")[i] * scale.tokens * F32
+            growth += scale.values.row_bytes(cache.value_elements) * scale.sequences if scale.attention == "fallen" else 0
+        fixed = features * scale.tokens * F32 + cache.state_elements * scale.sequences * F32
+        return fixed, ((0, growth) if cache.windowed else (growth, 0))
 
     @property
     def adds_positions(self) -> bool:
@@ -153,8 +169,9 @@ class Schedules:
 
     def _schedule(self, part: DevicePart) -> Schedule:
         own = range(part.layers.start, min(part.layers.stop, self._n))
+        normed = part.normed and self._begins_normed(part.layers.start)
         late_output = part.output and self._profile.architecture in LATE_OUTPUTS
-        arrival = [RESIDUAL] if part.first or not part.normed else [NORMED]
+        arrival = [RESIDUAL] if part.first or not normed else [NORMED]
         arrival += [NORMED] if part.first and self.adds_positions else []
         arrival += [PER_LAYER] if self._has(PER_LAYER) and not part.first and not self._altup else []
         inputs: list[int] = []
@@ -164,27 +181,24 @@ class Schedules:
         names = dict.fromkeys((*arrival, *inputs, *(() if RESIDUAL in arrival else (RESIDUAL,))))
         narrow: Size = (self.embedding_bytes, STEADY)
         programs = [self._prelude(part.copies > 1)] if part.first else []
-        programs += self._layers(part, own, late_output=late_output)
+        programs += self._layers(part, own, normed=normed, late_output=late_output)
         programs += [self._foreign(i) for i in part.foreign_experts]
-        programs += [self._next_norm()] if part.sends_norm else []
-        programs += [self._output()] if part.output else []
+        programs += [self._next_norm()] if part.sends_norm and self._begins_normed(part.layers.stop) else []
+        programs += [self._output(pinned=part.copies > 1 and not own)] if part.output else []
         return Schedule(
-            unnamed=(*self._hoisted(part), *self._streams(part), *self._borrowed(part)),
+            unnamed=(*self._hoisted(part), *self._streams(part), *self._borrowed(part), *self._answers(part)),
             inputs=tuple((name, narrow if name == RESIDUAL and part.first else self.sizes[name]) for name in names),
             copies=part.copies,
             programs=tuple((program, len(list(run))) for program, run in groupby(programs)),
         )
 
-    def _layers(self, part: DevicePart, own: range, *, late_output: bool) -> list[Program]:
+    def _layers(self, part: DevicePart, own: range, *, normed: bool, late_output: bool) -> list[Program]:
         """The programs of a device's layers, visitors first."""
         everything = [*part.visitors, *own]
         pinned = part.copies > 1
-        mixers = [i for i in everything if self._mamba_layers and (i in self._mamba_layers or self._caches[i].attends)]
-        fetched = {
-            b: a
-            for a, b in pairwise(mixers)
-            if b in part.layers and is_mamba(self._profile.layer_tensors[b]) and next_mamba(self._profile, a) == b
-        }
+        early = self._early_layers
+        mixers = [i for i in everything if i in early or self._caches[i].attends] if early else []
+        fetched = {b: a for a, b in pairwise(mixers) if b in part.layers and b in early and next_early(self._profile, a) == b}
         first_reader: dict[int, int] = {}
         last_reader: dict[int, int] = {}
         for i in everything:
@@ -216,14 +230,19 @@ class Schedules:
                     offloaded=visits,
                     host_experts=i in part.host_experts,
                     experts_away=i in part.host_experts and not part.first,
-                    normed=begins and part.normed and not part.first,
+                    normed=begins and normed and not part.first,
                     brings=tuple(sorted(brings, reverse=True)),
                     has_states=i in fetched,
                     fetches_states=i in fetched.values(),
+                    pipelined=pinned,
                     kept=kept,
                 )
             )
         return programs
+
+    def _begins_normed(self, i: int) -> bool:
+        """Whether a layer's first operation is a norm, which the device before computes with the residual."""
+        return i < self._n and not PRE_NORMS.isdisjoint(self._profile.layer_tensors[i])
 
     # inputs
 
@@ -231,25 +250,32 @@ class Schedules:
         return self.sizes[name] != (0, STEADY)
 
     def _hoisted(self, part: DevicePart) -> list[Size]:
-        """Inputs that Mamba layers exchange over the border of two devices.
+        """Inputs that two devices exchange over their border because states are fetched early.
 
-        ``build_rs`` puts a layer's state operations into the graph ahead of the last operations of the Mamba layer before it:
-        where that lies on another device, its gate is computed here (from the whole projection), and copied back.
+        ``build_rs`` puts the fetch into the graph ahead of the last operations of the layer before. Where that lies on another
+        device, those up to the next weight are computed here, and copied back: a Mamba layer's gate (from the whole
+        projection), or the rotation of what attention returned.
         """
-        mamba = self._mamba_layers
-        if not mamba:
+        if not self._early_layers:
             return []
-        own = [i for i in mamba if i in part.layers]
-        features = []
-
-        def fetched_early(later: int) -> bool:
-            return next_mamba(self._profile, mamba[mamba.index(later) - 1]) is not None
-
-        if own and own[0] != mamba[0] and not part.first and fetched_early(own[0]):
-            features.append(self._profile.layer_tensors[own[0]]["ssm_in.weight"].shape[1])
-        if own and own[-1] != mamba[-1] and fetched_early(mamba[mamba.index(own[-1]) + 1]):
-            features.append(self._profile.integer("ssm.inner_size"))
+        mixers = [i for i in range(self._n) if i in self._early_layers or self._caches[i].attends]
+        features: list[int] = []
+        for before, after in pairwise(mixers):
+            if next_early(self._profile, before) == after:
+                if before < part.layers.start <= after < part.layers.stop and not part.first:
+                    features += self._moved(before)[:1]
+                elif part.layers.start <= before < part.layers.stop <= after:
+                    features += self._moved(before)[1:]
         return [(align(count * self._scale.tokens * F32), STEADY) for count in features]
+
+    def _moved(self, i: int) -> tuple[int, ...]:
+        """Features that another device gets to compute the last operations of a layer's mixer, and those that it returns."""
+        tensors, cache = self._profile.layer_tensors[i], self._caches[i]
+        if is_mamba(tensors):
+            return tensors["ssm_in.weight"].shape[1], self._profile.integer("ssm.inner_size")
+        if cache.attends and self._has(VALUE_ROTATION - (WINDOW if cache.windowed else 0)):
+            return (attention_features(self._profile, cache, i)[1],) * 2
+        return ()
 
     def _borrowed(self, part: DevicePart) -> list[Size]:
         """Caches of layers on another device that layers here read: each reader gets a copy (Gemma 3n, Gemma 4)."""
@@ -267,6 +293,33 @@ class Schedules:
                         per_cell = row * scale.sequences
                         sizes.append((0, (0, per_cell) if cache.windowed else (per_cell, 0)))
         return sizes
+
+    def _answers(self, part: DevicePart) -> list[Size]:
+        """What attention on the CPU returns; without a pipeline that is only there when it is needed."""
+        if self._scale.attention != "host" or part.copies == 1:
+            return []
+        return [(self._attended_bytes(i), STEADY) for i in part.layers if i < self._n and self._caches[i].attends]
+
+    def _attended_bytes(self, i: int) -> int:
+        """Bytes of attention's result in a layer."""
+        _, features = attention_features(self._profile, self._caches[i], i)
+        return align(features * self._scale.tokens * F32)
+
+    def on_host(self, start: int) -> list[tuple[int, Size]]:
+        """What attention on the CPU takes there, for each layer from ``start`` on: its result; its queries, keys and values.
+
+        Empty where attention runs on the GPUs.
+        """
+        scale, found = self._scale, []
+        for i in range(start, self._n) if scale.attention == "host" else ():
+            if (cache := self._caches[i]).attends:
+                row = scale.keys.row_bytes(cache.key_elements)
+                row += scale.values.row_bytes(cache.value_elements) if cache.value_elements else row
+                growth = row * scale.sequences
+                queries, _ = attention_features(self._profile, cache, i)
+                copied = queries * scale.tokens * F32, ((0, growth) if cache.windowed else (growth, 0))
+                found.append((self._attended_bytes(i), copied))
+        return found
 
     def _streams(self, part: DevicePart) -> list[Size]:
         """Gemma 3n's residual streams are made where the output layer lies, and travel twice: as they are, and permuted."""
@@ -286,7 +339,7 @@ class Schedules:
             found = self._read_by[key] = self._inputs_of(i, visiting=visiting)
         return found
 
-    def _inputs_of(self, i: int, *, visiting: bool) -> tuple[int, ...]:
+    def _inputs_of(self, i: int, *, visiting: bool, on_host: bool = False) -> tuple[int, ...]:
         cache = self._caches[i]
         extra: tuple[int, ...] = (PER_LAYER,) if self._has(PER_LAYER) else ()
         if i == self._n - 1 and self._profile.architecture not in LATE_OUTPUTS:
@@ -303,7 +356,8 @@ class Schedules:
         )
         if visiting and attends_in_ram(self._profile, i):
             return tuple(name for name in names if name in (POSITIONS, KEY_ROTATION - offset))
-        return (*names, MASK - offset, *extra)
+        mask = () if self._scale.attention == "host" and not on_host else (MASK - offset,)
+        return (*names, *mask, *extra)
 
     # programs
 
@@ -352,10 +406,12 @@ class Schedules:
         brings: tuple[int, ...],
         has_states: bool,
         fetches_states: bool,
+        pipelined: bool,
         kept: frozenset[int],
     ) -> Program:
         last = i == self._n - 1
-        key = (self._kinds[i], last, offloaded, host_experts, experts_away, normed, brings, has_states, fetches_states, kept)
+        where = (offloaded, host_experts, experts_away, normed, pipelined)
+        key = (self._kinds[i], last, where, brings, has_states, fetches_states, kept)
         found = self._programs.get(key)
         if found is None:
             graph = LayerGraph(
@@ -371,6 +427,7 @@ class Schedules:
                 brings={name: self.sizes[name] for name in brings},
                 has_states=has_states,
                 fetches_states=fetches_states,
+                pipelined=pipelined,
             )
             exports = {RESIDUAL: graph.result, **graph.brought}
             found = self._programs[key] = graph.tape.compile(exports, sizes=self.sizes, kept=kept)
@@ -394,9 +451,9 @@ class Schedules:
             self._programs[key] = tape.compile({NORMED: result}, sizes={})
         return self._programs[key]
 
-    def _output(self) -> Program:
-        """The last norm, the choice of rows, and the logits."""
-        key = "output"
+    def _output(self, *, pinned: bool) -> Program:
+        """The last norm, the choice of rows, and the logits. ``pinned``: the residual is an input of the device."""
+        key = ("output", pinned)
         if key in self._programs:
             return self._programs[key]
         profile, scale = self._profile, self._scale
@@ -417,7 +474,9 @@ class Schedules:
                 exports[NORMED] = x
                 x = tape.op(width * scale.outputs * F32, x, OUTPUT_ROWS)
             exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
-        found = self._programs[key] = tape.compile(exports, sizes=self.sizes, kept=frozenset((MASK, MASK - WINDOW)))
+        found = self._programs[key] = tape.compile(
+            exports, sizes=self.sizes, kept={MASK, MASK - WINDOW, *((RESIDUAL,) if pinned else ())}
+        )
         return found
 
 

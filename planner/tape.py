@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from planner.allocator import Step, align
+from planner.allocator import ALLOCATE, PART, RELEASE, SCRATCH, Step, align
 
 Growth = tuple[int, int]
 """Bytes for each cell of the cache, and for each cell of the windows' cache."""
@@ -51,8 +51,8 @@ class Program:
             return self.steps
         steps = list(self.steps)
         for place, size in self.growing:
-            is_allocation, slot, _ = steps[place]
-            steps[place] = is_allocation, slot, size_at(size, cells, window_cells)
+            action, slot, _ = steps[place]
+            steps[place] = action, slot, size_at(size, cells, window_cells)
         return tuple(steps)
 
 
@@ -61,13 +61,23 @@ class Tape:
 
     def __init__(self) -> None:
         self._operations: list[tuple[Size, tuple[int, ...], tuple[int, ...]]] = []
+        self._scratch: dict[int, Growth] = {}
+        self._given: set[int] = set()
 
-    def op(self, size: int, *reads: int, into: tuple[int, ...] = (), growth: Growth = STEADY) -> int:
+    def op(self, size: int, *reads: int, into: tuple[int, ...] = (), growth: Growth = STEADY, scratch: Growth = STEADY) -> int:
         """A result of ``size`` bytes and its ``growth`` that reads tensors, and may take over the memory of one in ``into``.
 
-        It takes that of the first which is as large and has no other reader.
+        It takes that of the first which is as large and has no other reader. ``scratch``: memory behind the result, which
+        nobody takes over (``ggml_gallocr_free_extra_space``).
         """
         self._operations.append(((align(size), growth), reads, into))
+        if scratch != STEADY:
+            self._scratch[len(self._operations) - 1] = scratch
+        return len(self._operations) - 1
+
+    def given(self, size: int) -> int:
+        """A tensor of ``size`` bytes that comes from another device and lies elsewhere: nothing is allocated, or taken over."""
+        self._given.add(self.op(size))
         return len(self._operations) - 1
 
     def in_place(self, tensor: int, *others: int) -> int:
@@ -96,22 +106,29 @@ class Tape:
         steps: list[Step] = []
         growing: list[tuple[int, Size]] = []
 
-        def step(is_allocation: bool, place: int, size: Size) -> None:
+        def step(action: int, place: int, size: Size) -> None:
             if size[1] != STEADY:
                 growing.append((len(steps), size))
-            steps.append((is_allocation, place, size[0]))
+            steps.append((action, place, size[0]))
 
         for number, (size, reads, into) in enumerate(self._operations):
             if size != (0, STEADY):
                 size_of[number] = size
                 taken = next((t for t in into if t in slot and t not in kept and readers[t] == 1 and size_of[t] == size), None)
-                if taken is None:
-                    slot[number] = number
-                    step(True, number, size)
-                else:
+                if taken is not None:
                     slot[number] = slot.pop(taken)
+                    if taken in self._scratch:
+                        step(RELEASE, SCRATCH + taken, (0, self._scratch[taken]))
+                elif number not in self._given:
+                    slot[number] = number
+                    scratch = self._scratch.get(number, STEADY)
+                    step(ALLOCATE, number, (size[0], (size[1][0] + scratch[0], size[1][1] + scratch[1])))
+                    if scratch != STEADY:
+                        step(PART, number, size)
             for read in reads:
                 readers[read] -= 1
                 if not readers[read] and read in slot and read not in kept:
-                    step(False, slot.pop(read), size_of[read])
+                    step(RELEASE, slot.pop(read), size_of[read])
+                    if read in self._scratch:
+                        step(RELEASE, SCRATCH + read, (0, self._scratch[read]))
         return Program(tuple(steps), tuple(growing), tuple((name, slot[tensor]) for name, tensor in exports.items()))

@@ -67,7 +67,7 @@ Case = dict[str, Any]
 
 
 def case(model: str, ctx: int, ubatch: int, kv: str, split: str, **more: Any) -> Case:
-    """One load; ``more``: parallel, flash_attention, cpu_experts, outputs (of llama-server)."""
+    """One load; ``more``: parallel, kv_v (where it is not kv), flash_attention, cpu_experts, outputs (of llama-server)."""
     return {"model": model, "ctx": ctx, "ubatch": ubatch, "kv": kv, "split": split, **more}
 
 
@@ -90,8 +90,7 @@ def families() -> Iterator[Case]:
         yield case(model, 8192, 512, "f16", "solo")
         yield case(model, 8192, 512, "f16", "solo", flash_attention=False)
         yield case(model, 8192, 512, "f16", "solo", parallel=4)
-        # heads of 160 with quantized values: attention runs on the CPU, which the memory model does not follow
-        yield case(model, 8192, 2048, "f16" if name == "stablelm" else "q8_0", "layer31")
+        yield case(model, 8192, 2048, "q8_0", "layer31")
         yield case(model, 32768, 2048, "f16", "layer")
         yield case(model, 8192, 512, "f16", "part4")
     for model in (*FIRST, *SECOND):
@@ -104,15 +103,29 @@ def families() -> Iterator[Case]:
         yield case(model, 8192, 512, "f16", "layer", cpu_experts=48)
 
 
+CACHE_TYPES = ("f32", "bf16", "q5_1", "q5_0", "q4_1", "iq4_nl")
+MIXED_TYPES = (("q8_0", "f16"), ("f16", "q8_0"), ("q8_0", "q4_0"), ("f32", "f16"), ("bf16", "q8_0"), ("q5_1", "iq4_nl"))
+
+
+def caches() -> Iterator[Case]:
+    """Cache types that the other tables leave out, on a dense model, one with windows, one with latent attention, a hybrid."""
+    pairs = (*((kv, kv) for kv in CACHE_TYPES), *MIXED_TYPES)
+    for model in ("llama3.1-8b-q4km", "gemma3-27b-q4km", "deepseek-v2-lite-q4km", "qwen3.5-35b-a3b-q4km"):
+        for (key, value), (ctx, split) in product(pairs, ((8192, "solo"), (32768, "layer31"), (8192, "part20"))):
+            yield case(model, ctx, 512, key, split, kv_v=value)
+        for key, value in pairs:
+            yield case(model, 8192, 512, key, "solo", kv_v=value, flash_attention=False)
+
+
 def arguments(load: Case, path: Path) -> list[str]:
     """The command line of a load."""
     parallel = load.get("parallel", 1)
-    attention = "auto" if "stablelm" in load["model"] else "on"  # CUDA has no kernel for its heads
     words = [
         *(("--server-outputs",) if "outputs" in load else ()),
         *("--model", str(path), "-c", str(load["ctx"] * parallel), "-np", str(parallel)),
         *("-b", str(max(load["ubatch"], 2048)), "-ub", str(load["ubatch"])),
-        *("-ctk", load["kv"], "-ctv", load["kv"], "-fa", attention if load.get("flash_attention", True) else "off"),
+        *("-ctk", load["kv"], "-ctv", load.get("kv_v", load["kv"])),
+        *("-fa", "auto" if load.get("flash_attention", True) else "off"),
         *SPLITS[load["split"]].split(),
         "--no-repack",
     ]
@@ -174,8 +187,8 @@ def measure(tool: str, loads: list[Case]) -> list[Case]:
 
 
 def main(tool: str) -> None:
-    """Writes both tables."""
-    for name, loads in (("models", list(models())), ("families", list(families()))):
+    """Writes the tables."""
+    for name, loads in (("models", list(models())), ("families", list(families())), ("caches", list(caches()))):
         rows = measure(tool, loads)
         text = ",\n".join(json.dumps(row) for row in rows)
         (DATA / "memory" / f"{name}.json").write_text(f"[\n{text}\n]\n")

@@ -48,7 +48,7 @@ def settings_of(row: dict[str, Any]) -> LoadSettings:
         batch=max(row["ubatch"], 2048),
         ubatch=row["ubatch"],
         kv_type_k=row["kv"],
-        kv_type_v=row["kv"],
+        kv_type_v=row.get("kv_v", row["kv"]),
         flash_attention=row.get("flash_attention", True),
         outputs=row.get("outputs"),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.allocator import Allocator, align, replay
+from planner.allocator import RELEASE, Allocator, align, replay
 from planner.tape import STEADY, Tape
 
 
@@ -71,8 +71,8 @@ def test_a_kept_tensor_of_the_caller_is_never_released() -> None:
     sizes = {-1: (256, STEADY)}
     released = tape.compile({}, sizes=sizes).steps
     kept = tape.compile({}, sizes=sizes, kept=(-1,)).steps
-    assert (False, -1, 256) in released
-    assert (False, -1, 256) not in kept
+    assert (RELEASE, -1, 256) in released
+    assert (RELEASE, -1, 256) not in kept
 
 
 def test_a_compiled_tape_serves_every_context() -> None:

@@ -17,7 +17,7 @@ from planner.settings import LoadSettings
 from planner.units import MIB
 from tests.planner.measured import DATA, Difference, differences, estimate_of, profile_of, read_table
 
-TABLES = ("models", "families")
+TABLES = ("models", "families", "caches")
 MODELS = sorted(path.stem for path in (DATA / "gguf").glob("*.gguf"))
 FAMILIES = sorted(f"families/{path.stem}" for path in (DATA / "gguf" / "families").glob("*.gguf"))
 
@@ -30,7 +30,7 @@ def found(table: str) -> tuple[Difference, ...]:
 @pytest.mark.parametrize("table", TABLES)
 def test_weights_and_caches_are_exact(table: str) -> None:
     """Weights, KV cells and recurrent states are exact to 1 MiB on every device and on the host."""
-    assert len(found(table)) > 400
+    assert len(found(table)) > 300
     assert [d for d in found(table) if max(abs(d.weights_mib), abs(d.kv_mib)) > 1] == []
 
 
@@ -58,9 +58,27 @@ def test_totals_of_the_sixteen_shapes() -> None:
 def test_totals_of_other_families() -> None:
     """The same for families that no constant was looked up in; a few devices may be off by more."""
     rows = found("families")
-    assert sum(d.within(0.01, 32) for d in rows) >= 0.93 * len(rows)
+    assert sum(d.within(0.01, 32) for d in rows) >= 0.96 * len(rows)
     assert sum(d.within(0.03, 128) for d in rows) >= 0.99 * len(rows)
-    assert [d for d in rows if not -112 <= d.total_mib <= 176] == []
+    assert [d for d in rows if not -112 <= d.total_mib <= 140] == []
+
+
+def test_totals_of_other_cache_types() -> None:
+    """Every cache type, alone and mixed: within 1 % or 32 MiB on all devices, also where attention runs on the CPU."""
+    rows = found("caches")
+    assert [d for d in rows if not d.within(0.01, 32)] == []
+    assert {d.row["kv"] for d in rows} | {d.row["kv_v"] for d in rows} >= {"f32", "bf16", "q5_1", "q5_0", "q4_1", "iq4_nl"}
+
+
+def test_attention_without_a_kernel_costs_host_memory() -> None:
+    """Values that CUDA cannot fuse keep their cache on the GPU and are copied to the host, four times over in a pipeline."""
+    profile = profile_of("llama3.1-8b-q4km")
+    split = Placement(layers=(16, 16), order=(0, 1), output_gpu=1)
+    load = LoadSettings(num_ctx=32768)
+    known, unknown = (estimate_memory(profile, replace(load, kv_type_k=kv, kv_type_v=kv), split) for kv in ("q4_0", "iq4_nl"))
+    assert [d.kv_bytes for d in known.devices] == [d.kv_bytes for d in unknown.devices]
+    copies = 4 * sum(cache_bytes(profile, replace(load, kv_type_k="iq4_nl", kv_type_v="iq4_nl")))
+    assert unknown.host.compute_bytes - known.host.compute_bytes > copies
 
 
 @pytest.mark.parametrize("model", MODELS + FAMILIES)
