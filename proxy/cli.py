@@ -21,13 +21,17 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+import httpx
 from rich.console import Console, RenderableType
 from rich.progress import track
 
 from planner.hardware import Rig
+from planner.plan import make_plan
 from planner.power import power_shares, raw_powers
 from planner.request import Era
 from proxy.address import Address
+from proxy.calibrate import Calibrating, Report, report_json
+from proxy.calibration import LearnedPlanner
 from proxy.doctor import Sight, judge, look
 from proxy.errors import GpuError, LopsidedError, SettingsError
 from proxy.estimate import estimate_command
@@ -37,11 +41,14 @@ from proxy.gpus.order import DeviceOrder
 from proxy.gpus.static import StaticSource
 from proxy.launcher import launcher_commands
 from proxy.loading import MAX_TOKENS
+from proxy.measurements import FILE_NAME as MEASUREMENTS_FILE
+from proxy.measurements import Measurements
 from proxy.options import era_of
 from proxy.planjson import devices_json, launcher_arguments, plan_json
 from proxy.planning import plan_for
 from proxy.settings import CACHE_TYPES, Settings, load_settings
-from proxy.tables import demo_report, devices_report, doctor_report, gib, gpu_names, plan_report
+from proxy.statefile import StateFile
+from proxy.tables import calibration_report, demo_report, devices_report, doctor_report, gib, gpu_names, plan_report
 
 PIPE_WIDTH = 140
 """Columns of a table that goes into a file or a pipe; a terminal says its own."""
@@ -155,7 +162,9 @@ def plan(
     """
     settings = load_settings(**_given(num_parallel=parallel, kv_cache_type=kv_type, boost=boost))
     options = {"num_ctx": ctx, "num_batch": batch}
-    answer = asyncio.run(plan_for(model, _rig(settings, cards), options, settings, version=ollama_version))
+    planner = LearnedPlanner(planner=make_plan, measurements=open_measurements(settings), objective=settings.objective)
+    rig = _rig(settings, cards)
+    answer = asyncio.run(plan_for(model, rig, options, settings, version=ollama_version, planner=planner))
     if as_json:
         _print_json(plan_json(answer.plan, answer.delivery))
         return
@@ -168,11 +177,49 @@ def plan(
 @json_option
 def devices(cards: tuple[str, ...], as_json: bool) -> None:
     """List the GPUs in Ollama's order."""
-    rig = _rig(load_settings(), cards)
+    settings = load_settings()
+    rig = _rig(settings, cards)
+    measured = open_measurements(settings).class_rates(rig)
     if as_json:
-        _print_json(devices_json(rig))
+        _print_json(devices_json(rig, measured))
     else:
-        _print(devices_report(rig, power_shares(raw_powers(rig.gpus))))
+        _print(devices_report(rig, power_shares(raw_powers(rig.gpus)), measured))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--ctx", type=TOKENS, help="Tokens of context (default: 4096; for --stock what Ollama takes).")
+@click.option("--stock", is_flag=True, help="Measure the placement of stock Ollama too, to hold later plans against it.")
+@json_option
+def calibrate(model: str, ctx: int | None, stock: bool, as_json: bool) -> None:
+    """Measure how fast each GPU really is.
+
+    Ollama loads MODEL on one GPU after the other and answers a few times from each, in a minute or two; it is unloaded again.
+    A running proxy uses what was found from its next plan on.
+    """
+    settings = load_settings()
+    if stock and settings.sched_spread:
+        raise click.ClickException(
+            "OLLAMA_SCHED_SPREAD is set, so stock's placement cannot be asked for: it spreads every model over all GPUs"
+        )
+    source, measurements = gpu_source(settings), open_measurements(settings)
+    console = Console(stderr=True)
+
+    async def run() -> Report:
+        async with httpx.AsyncClient(base_url=settings.upstream.url, trust_env=False) as client:
+            with console.status(f"asking Ollama at {settings.upstream.url}") as status:
+                return await Calibrating(client, source, settings, measurements, status.update).run(
+                    model, num_ctx=ctx, stock=stock
+                )
+
+    report = asyncio.run(run())
+    found = report_json(report, measurements)
+    if as_json:
+        _print_json(found)
+    else:
+        _print(calibration_report(found))
+    if all(outcome.problem for outcome in report.outcomes):
+        raise SystemExit(1)
 
 
 @main.command()
@@ -226,6 +273,11 @@ def demo(once: bool, era: Era, as_json: bool) -> None:
 
 main.add_command(estimate_command)
 main.add_command(launcher_commands)
+
+
+def open_measurements(settings: Settings) -> Measurements:
+    """What was measured so far, nothing where that is switched off."""
+    return Measurements(StateFile(settings.state if settings.calibration else None, MEASUREMENTS_FILE))
 
 
 def gpu_source(settings: Settings, cards: tuple[str, ...] = ()) -> GpuSource:

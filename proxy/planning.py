@@ -17,6 +17,7 @@ from proxy.gguf import is_embedding, read_header, read_profile
 from proxy.loading import plan_request, without_companions
 from proxy.ollama import Ollama
 from proxy.options import Delivery, deliver, era_of
+from proxy.placement import Planner
 from proxy.settings import Settings
 
 
@@ -30,7 +31,13 @@ class Answer:
 
 
 async def plan_for(
-    model: str, rig: Rig, options: Mapping[str, int | None], settings: Settings, *, version: str | None = None
+    model: str,
+    rig: Rig,
+    options: Mapping[str, int | None],
+    settings: Settings,
+    *,
+    version: str | None = None,
+    planner: Planner = make_plan,
 ) -> Answer:
     """The plan for a request with ``options`` to load ``model``, a file or a name of Ollama's, on ``rig``.
 
@@ -45,7 +52,7 @@ async def plan_for(
     else:
         facts, found = await _ask(model, settings)
     era = era_of(version) if version else found
-    plan = make_plan(facts.profile, without_companions(rig, facts), plan_request(options, facts, settings, era))
+    plan = planner(facts.profile, without_companions(rig, facts), plan_request(options, facts, settings, era))
     return Answer(plan=plan, delivery=deliver(plan, era, tensor_split=settings.tensor_split), header_only=header_only)
 
 

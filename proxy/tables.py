@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -16,6 +16,7 @@ from planner.memory import DeviceMemory
 from planner.placement import Placement
 from planner.plan import Plan
 from planner.request import Candidate, Era
+from planner.speed import Calibration
 from planner.units import GIB, MIB
 from proxy.doctor import Finding, Level
 from proxy.options import Delivery
@@ -73,8 +74,8 @@ def new_table(*columns: str, title: str | None = None, right: Iterable[str] = ()
     return table
 
 
-def devices_report(rig: Rig, power_shares: Sequence[float]) -> RenderableType:
-    """The rig in Ollama's device order, ``power_shares`` in the same order."""
+def devices_report(rig: Rig, power_shares: Sequence[float], measured: Mapping[str, Calibration]) -> RenderableType:
+    """The rig in Ollama's device order, ``power_shares`` in the same order; ``measured``: rates by class of model, if any."""
     right = ("#", "memory", "free", "CC", "SMs", "MHz", "GB/s", "power share")
     table = new_table("#", "GPU", "memory", "free", "CC", "SMs", "MHz", "GB/s", "PCIe", "power share", right=right)
     for index, (gpu, name, share) in enumerate(zip(rig.gpus, gpu_names(rig.gpus), power_shares, strict=True)):
@@ -95,7 +96,51 @@ def devices_report(rig: Rig, power_shares: Sequence[float]) -> RenderableType:
         "(SMs × MHz where known), by which the boost algorithm weighs cards."
     )
     uuids = [Text(f"  {index}  {gpu.uuid}") for index, gpu in enumerate(rig.gpus)]
-    return Group(table, Text(legend, style="dim"), Text(), Text("UUIDs", style="bold"), *uuids)
+    rates = [
+        (f"{index}  {name}", kind, gpu.bandwidth_bytes_per_s, found.rates[gpu.uuid])
+        for index, (gpu, name) in enumerate(zip(rig.gpus, gpu_names(rig.gpus), strict=True))
+        for kind, found in measured.items()
+        if gpu.uuid in found.rates
+    ]
+    parts = [_rates_table(rates)] if rates else []
+    return Group(table, Text(legend, style="dim"), Text(), *parts, Text("UUIDs", style="bold"), *uuids)
+
+
+def _rates_table(rows: Iterable[tuple[str, str, int | None, tuple[float, float]]]) -> Table:
+    """Measured rates: the card, the class of models, its memory's rate, effective bytes/s in decode and FLOP/s in prefill."""
+    right = ("decode GB/s", "of spec", "prefill TFLOP/s")
+    table = new_table("GPU", "models", *right, title="Measured from answers", right=right)
+    for name, kind, spec, (decode, prefill) in rows:
+        share = f"{decode / spec:.0%}" if spec else "-"
+        table.add_row(name, kind, f"{decode / 1e9:.0f}", share, f"{prefill / 1e12:.1f}")
+    return table
+
+
+def calibration_report(found: Mapping[str, Any]) -> RenderableType:
+    """What ``lopsided calibrate`` found, as ``proxy.calibrate.report_json`` has it."""
+    right = ("context", "predicted", "decode", "prefill")
+    trials = new_table("placement", *right, title=f"{found['model']}, tokens per second", right=right)
+    for trial in found["trials"]:
+        trials.add_row(
+            trial["placement"],
+            str(trial["num_ctx"]),
+            rate(trial["predicted_tokens_per_s"]),
+            *(rate(value) if value else "-" for value in (trial["decode_tokens_per_s"], trial["prefill_tokens_per_s"])),
+        )
+    rates = ("spec GB/s", "predicted", "measured", "predicted ", "measured ")
+    title = "Each GPU: GB/s while it writes, then TFLOP/s while it reads a prompt"
+    gpus = new_table("GPU", *rates, title=title, right=rates)
+    for gpu in found["gpus"]:
+        predicted, measured = gpu["predicted"], gpu["measured"] or {}
+        cells = []
+        for name, unit, digits in (("decode_bytes_per_s", 1e9, 0), ("prefill_flops_per_s", 1e12, 1)):
+            cells += [f"{predicted[name] / unit:.{digits}f}", f"{measured[name] / unit:.{digits}f}" if measured else "-"]
+        spec = gpu["bandwidth_bytes_per_s"]
+        gpus.add_row(gpu["name"], f"{spec / 1e9:.0f}" if spec else "-", *cells)
+    notes = [f"{trial['placement']} was not measured: {trial['problem']}" for trial in found["trials"] if trial["problem"]]
+    if found["evicted"]:
+        notes.append(f"Ollama unloaded {', '.join(found['evicted'])} meanwhile; the next request loads it again.")
+    return Group(trials, gpus, *(Text(note, style="yellow") for note in notes))
 
 
 def plan_report(plan: Plan, *, delivery: Delivery, launcher: Sequence[str], header_only: bool = False) -> RenderableType:

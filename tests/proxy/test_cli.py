@@ -24,7 +24,7 @@ GGUF = Path(__file__).parent.parent / "data" / "gguf"
 LLAMA_70B = str(GGUF / "llama3.3-70b-q4km.gguf")
 PAIR = ("--gpu", "RTX 5090", "--gpu", "RTX 3090")
 COMMAND = (sys.executable, "-c", "from proxy.cli import main; main(prog_name='lopsided')")
-COMMANDS = ("demo", "devices", "doctor", "estimate", "launcher", "plan", "serve")
+COMMANDS = ("calibrate", "demo", "devices", "doctor", "estimate", "launcher", "plan", "serve")
 ANSWER_S = 20
 
 

@@ -51,6 +51,6 @@ def test_what_a_card_does_not_tell_is_a_dash():
     bare = replace(GPUS[0], compute_capability=None, sm_count=None, clock_mhz=None, bandwidth_bytes_per_s=None, pcie_width=None)
     console = Console(width=140)
     with console.capture() as capture:
-        console.print(devices_report(Rig(gpus=(bare,)), [1.0]))
+        console.print(devices_report(Rig(gpus=(bare,)), [1.0], {}))
     row = next(line for line in capture.get().splitlines() if "RTX 5090" in line)
     assert row.split()[-6:] == ["-", "-", "-", "-", "-", "100.0%"]
