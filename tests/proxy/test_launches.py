@@ -90,3 +90,15 @@ def test_the_launcher_answers_from_its_first_question_until_a_load_goes_past_it(
 def test_a_blob_has_one_name_however_it_is_written():
     digest = "ab" * 32
     assert blob_name(f"sha256:{digest}") == blob_name(f"/models/blobs/sha256-{digest}") == f"sha256-{digest}"
+
+
+def test_where_a_model_was_placed_is_known_until_the_launcher_asks_again():
+    # shows: calibration takes an answer's speed for that placement alone; a launch left to Ollama has none
+    launches = Launches(lambda: 0.0)
+    plan, candidate = object(), object()
+    launches.asked("sha256-a", spread=True)
+    launches.place("sha256-a", plan, candidate)
+    assert launches.placed("sha256-a") == (plan, candidate)
+    assert launches.placed("sha256-b") is None
+    launches.asked("sha256-a", spread=True)
+    assert launches.placed("sha256-a") is None
