@@ -218,15 +218,10 @@ def held_profile(path: Path, share: float) -> None:
 def behind(bench: Bench, name: str, way: str) -> None:
     """One case through lopsided, tuned as ``way`` says."""
     case = bench.cases[name]
-    environment = clean_environment() | {
-        "LOPSIDED_HOST": PROXY.removeprefix("http://"),
-        "LOPSIDED_UPSTREAM": BEHIND,
-        "LOPSIDED_STATE": str(bench.work / "state"),
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-    }
+    environment = lopsided_environment(bench)
     if way != "auto":
-        environment["OLLAMA_SCHED_COMPUTE_BOOST"] = way.removeprefix("boost ")
-    if way != "auto" or not bench.args.calibrated:
+        environment |= {"OLLAMA_SCHED_COMPUTE_BOOST": way.removeprefix("boost "), "LOPSIDED_STATE": "off"}
+    if bench.args.hold and (way != "auto" or not bench.args.calibrate):
         held_profile(profile := bench.work / "profile.toml", held_share(bench.args.out))
         environment["LOPSIDED_PROFILE"] = str(profile)
     log = bench.work / "lopsided.log"
@@ -245,6 +240,32 @@ def behind(bench: Bench, name: str, way: str) -> None:
         unload(BEHIND)
         row["said"] = log.read_text(errors="replace")[begin:][-4000:]
     bench.add(name, way, row)
+
+
+def lopsided_environment(bench: Bench) -> dict[str, str]:
+    """For a lopsided in front of the Ollama that has the launcher; what it measures is kept from one start to the next."""
+    return clean_environment() | {
+        "LOPSIDED_HOST": PROXY.removeprefix("http://"),
+        "LOPSIDED_UPSTREAM": BEHIND,
+        "LOPSIDED_STATE": str(bench.work / "state"),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+
+
+def calibrate(bench: Bench) -> None:
+    """Measures the cards by ``lopsided calibrate``, once."""
+    for model in bench.args.calibrate:
+        if (done := bench.work / f"calibrated-{model}.json").exists():
+            continue
+        command = lopsided(["calibrate", model, "--json"])
+        with (bench.work / "calibrate.log").open("ab") as log:
+            result = subprocess.run(command, env=lopsided_environment(bench), stdout=subprocess.PIPE, stderr=log)
+        print(f"{time.strftime('%X')} calibrate {model}: {result.stdout.decode()[:1500]}", flush=True)
+        if result.returncode:
+            print(f"lopsided calibrate {model} failed, --calibrate is off; see {log.name}", file=sys.stderr, flush=True)
+            bench.args.calibrate = []
+            return
+        done.write_bytes(result.stdout)
 
 
 def build_tools(work: Path) -> None:
@@ -297,8 +318,6 @@ def run(bench: Bench) -> None:
         "OLLAMA_DEBUG": "1",
         "HOME": str(bench.work),
     }
-    if bench.args.calibrated:
-        raise SystemExit("--calibrated: not yet")
     with ExitStack() as running:
         servers: list[tuple[str, str, dict[str, str]]] = [
             ("stock", STOCK, {}),
@@ -309,6 +328,7 @@ def run(bench: Bench) -> None:
             command = [str(bench.work / tree / "bin" / "ollama"), "serve"]
             log = bench.work / f"{tree}.log"
             running.enter_context(process(command, log=log, url=f"{url}/api/version", environment=environment))
+        calibrate(bench)
         for name, case in bench.cases.items():
             todo = [way for way in case.get("ways", WAYS) if bench.open(name, way)]
             splits = [split for split in case["sweep"] if bench.open(name, f"sweep {split}")]
@@ -341,9 +361,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="*", default=[], help=f"these of {', '.join(WAYS)}, sweep")
     parser.add_argument("--hold", default="0", metavar="SMS", help="SMs of the second GPU to keep busy, or auto")
     parser.add_argument("--as-is", action="store_true", help="leave the GPUs' memory as it is")
-    parser.add_argument(
-        "--calibrated", action="store_true", help="let `lopsided calibrate` find the cards' rates, instead of --share"
-    )
+    parser.add_argument("--calibrate", nargs="*", default=[], metavar="MODEL", help="measure the cards with these models first")
     parser.add_argument("--device", default="CUDA", help="what llama-server calls the GPUs, without the number")
     args = parser.parse_args()
     work = args.work.resolve()
