@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from proxy.heads import BoundedProtocol
 
 
-class PlainProtocol(HttpToolsProtocol):
+class PlainProtocol(BoundedProtocol):
     """uvicorn's protocol for a server that upgrades to nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
