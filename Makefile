@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
 	--python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help setup demo test lint format types wheel bench-gpu readme lock clean
+.PHONY: help setup demo test soak lint format types wheel bench-gpu readme lock clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: $(STAMP)  ## a simulated RTX 5090 + RTX 3090: stock Ollama beside lopsided
 
 test: $(STAMP)  ## all tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: $(STAMP)  ## 30 minutes of mixed traffic with faults through a real proxy (SECONDS=60: shorter)
+	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),1800)
 
 lint: $(STAMP)  ## ruff's rules and formatting, nothing changed
 	@$(BIN)/ruff check .

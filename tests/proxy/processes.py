@@ -30,11 +30,13 @@ class Served:
 
 
 @contextmanager
-def lopsided_serve(upstream: str, folder: Path, cards: Sequence[str] = (), **environment: str) -> Iterator[Served]:
+def lopsided_serve(
+    upstream: str, folder: Path, cards: Sequence[str] = (), *, prelude: str = "", **environment: str
+) -> Iterator[Served]:
     """The command in front of ``upstream`` with a profile of ``cards`` (``NAME`` or ``NAME:FREE``).
 
     It is killed when the block is left, if it still runs. State stays in ``folder``. Without ``cards`` it sees no GPUs.
-    Settings of this process's environment are not passed on.
+    Settings of this process's environment are not passed on. ``prelude`` is Python that runs before the command.
     """
     if cards:
         profile = folder / "rig.toml"
@@ -45,7 +47,7 @@ def lopsided_serve(upstream: str, folder: Path, cards: Sequence[str] = (), **env
     port = free_port()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LOPSIDED_", "OLLAMA_", "CUDA_"))}
     process = subprocess.Popen(
-        [sys.executable, "-c", "from proxy.cli import main; main(prog_name='lopsided')", "serve"],
+        [sys.executable, "-c", f"{prelude}\nfrom proxy.cli import main; main(prog_name='lopsided')", "serve"],
         env={
             **kept,
             "PYTHONUNBUFFERED": "1",
