@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
 	--python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help setup demo test soak lint format types wheel bench-gpu readme lock clean
+.PHONY: help setup demo test test-engine soak lint format types wheel bench-gpu readme lock clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -20,7 +20,11 @@ demo: $(STAMP)  ## a simulated RTX 5090 + RTX 3090: stock Ollama beside lopsided
 	@$(BIN)/lopsided demo $(if $(ONCE),--once)
 
 test: $(STAMP)  ## all tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --ignore=tests/engine $(ARGS)
+
+test-engine: $(STAMP)  ## the whole chain with a real llama-server, compiled the first time (10 minutes; needs a C++ compiler)
+	@$(BIN)/python -m tests.engine.build
+	@$(BIN)/python -m pytest tests/engine $(ARGS)
 
 soak: $(STAMP)  ## 30 minutes of mixed traffic with faults through a real proxy (SECONDS=60: shorter)
 	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),1800)

@@ -150,7 +150,7 @@ class Proxy:
                 response = await self.forwarder.open(request, out.body)
                 answered = isinstance(response, httpx.Response) and response.status_code < 400 and out.as_planned
                 seen = b""
-                if isinstance(response, httpx.Response) and response.status_code == 500 and decision.delivery.options:
+                if isinstance(response, httpx.Response) and response.status_code == 500 and decision.delivery.places:
                     seen = await self.forwarder.peek(response, TEXT_LIMIT_BYTES)
                     if (
                         out.as_planned
@@ -214,7 +214,13 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         launches=launches,
     )
     launching = Launching(
-        rig=placements.rig, catalog=catalog, ollama=ollama, settings=settings, launches=launches, planner=learned
+        rig=placements.rig,
+        injected=placements.injected,
+        catalog=catalog,
+        ollama=ollama,
+        settings=settings,
+        launches=launches,
+        planner=learned,
     )
     calibrator = Calibrator(measurements, learned, placements, off=not settings.calibration)
     derived = Derived(ollama=ollama, catalog=catalog, enabled=settings.v1)

@@ -30,7 +30,7 @@ from planner.settings import LoadSettings
 from proxy.errors import ModelError
 from proxy.gpus.listed import ListedDevice, parse_listing, rig_of
 from proxy.gpus.order import DeviceOrder, in_ollama_order, visible_gpus
-from proxy.options import keeps_fit_margin
+from proxy.options import device_names, keeps_fit_margin
 from proxy.settings import GO_BOOLEANS
 
 BODY_LIMIT_BYTES = 64 * 1024
@@ -43,6 +43,9 @@ WISHES = (
     *("LLAMA_ARG_FIT", "LLAMA_ARG_OVERRIDE_TENSOR", "LLAMA_ARG_CPU_MOE", "LLAMA_ARG_N_CPU_MOE"),
 )
 """Variables of Ollama's environment by which a user places models by hand (llama.cpp's ``common/arg.cpp``)."""
+
+CUDA = "CUDA"
+"""The library whose devices ``CUDA_VISIBLE_DEVICES`` is about."""
 
 OWN_BATCHES = (256, 512, 1024, 2048)
 """Batches that Ollama chooses itself where nobody sets ``num_batch`` (``automaticGenerationBatch`` in ``server/sched.go``)."""
@@ -158,20 +161,23 @@ def visible_devices(request: LaunchRequest, rig: Rig | None) -> dict[str, Gpu] |
     """The GPUs that llama-server will see, by the names that ``--device`` has for them, in its order.
 
     ``rig`` has all GPUs that lopsided knows, in Ollama's device order, ``None`` where it knows none. ``None`` is answered where
-    only ``--list-devices`` can tell: no rig, nothing said of what is visible, or GPUs of other machines.
+    only ``--list-devices`` can tell: no rig, nothing said of what is visible, or GPUs of another library or machine. What a
+    profile says of those (``library = "RPC"``) is found by their names.
     """
     known: dict[str, Gpu] = {}
     visible = request.environment.get("CUDA_VISIBLE_DEVICES")
-    if rig is not None and visible is not None:
+    cuda = [gpu for gpu in rig.gpus if gpu.library == CUDA] if rig else []
+    if cuda and visible is not None:
         if request.environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
-            gpus: Sequence[Gpu] = in_ollama_order(rig.gpus, DeviceOrder(by_pci=True, visible=visible))
+            gpus: Sequence[Gpu] = in_ollama_order(cuda, DeviceOrder(by_pci=True, visible=visible))
         else:
-            gpus = visible_gpus(rig.gpus, visible)
+            gpus = visible_gpus(cuda, visible)
         known = {f"CUDA{number}": gpu for number, gpu in enumerate(gpus)}
+    others = {name: gpu for name, gpu in zip(device_names(rig), rig.gpus, strict=True) if gpu.library != CUDA} if rig else {}
     if request.devices is not None:
-        listed = rig_of(request.devices, known=known, host=Host())
+        listed = rig_of(request.devices, known={**known, **others}, host=Host())
         return {device.name: gpu for device, gpu in zip(request.devices, listed.gpus, strict=True)}
-    if "LLAMA_ARG_RPC" in request.environment:
+    if others or "LLAMA_ARG_RPC" in request.environment:
         return None
     return known or None
 

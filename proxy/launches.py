@@ -77,14 +77,9 @@ class Launches:
 
     def careful(self, blob: str) -> int:
         """How careful the answer for ``blob`` must be; the one before has failed if it is still open."""
-        now = self._clock()
         open_answer = self._pending.pop(blob, None)
-        failure = self._failures.get(blob)
-        if failure and now - failure.at > FAILURE_KEPT_S:
-            failure = None
-            del self._failures[blob]
-        before = failure.careful if failure else 0
-        if open_answer is None or now - open_answer.at > PENDING_S:
+        before = self._before(blob)
+        if open_answer is None or self._clock() - open_answer.at > PENDING_S:
             return before
         return self._failed(blob, before + 1, open_answer.answer)
 
@@ -111,6 +106,15 @@ class Launches:
 
     # What Ollama says
 
+    def failed(self, blob: str) -> bool:
+        """A request for ``blob`` ran out of memory: whether a plan was to blame, so that the next launch gets another answer."""
+        open_answer = self._pending.pop(blob, None)
+        before = self._before(blob)
+        if open_answer is None or before >= MOST_CAREFUL:
+            return False
+        self._failed(blob, before + 1, open_answer.answer)
+        return True
+
     @property
     def pending(self) -> Collection[str]:
         """Models whose load is still open."""
@@ -133,6 +137,13 @@ class Launches:
         self._expected.clear()
         self.answering = False
         return False
+
+    def _before(self, blob: str) -> int:
+        failure = self._failures.get(blob)
+        if failure and self._clock() - failure.at > FAILURE_KEPT_S:
+            failure = None
+            del self._failures[blob]
+        return failure.careful if failure else 0
 
     def _failed(self, blob: str, careful: int, answer: object) -> int:
         careful = min(careful, MOST_CAREFUL)

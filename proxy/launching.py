@@ -11,7 +11,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -49,8 +49,8 @@ KEPT_S = 120.0
 PLANS_KEPT = 16
 PROFILES_KEPT = 32
 
-LOOK_S = 0.5
-"""Seconds between two looks at ``/api/ps`` while a load is open."""
+LOOKS_S = (0.1,) * 50 + (0.5,)
+"""Seconds between two looks at ``/api/ps`` while a load is open, the last one for good: small models come and go quickly."""
 
 Arguments = tuple[str, ...] | None
 Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
@@ -59,7 +59,11 @@ log = logging.getLogger("lopsided.launcher")
 
 
 class Launching:
-    """Answers the launcher. ``rig`` reads the GPUs and raises ``GpuError``; ``clock`` is monotonic, in seconds."""
+    """Answers the launcher.
+
+    ``rig`` reads the GPUs and raises ``GpuError``; ``injected`` has the options that lopsided itself put into the requests for a
+    blob; ``clock`` is monotonic, in seconds.
+    """
 
     def __init__(
         self,
@@ -69,11 +73,13 @@ class Launching:
         ollama: Ollama,
         settings: Settings,
         launches: Launches,
+        injected: Callable[[str], Mapping[str, object]] = lambda blob: {},  # noqa: ARG005
         planner: Planner = make_plan,
         clock: Callable[[], float] = time.monotonic,
         answer_s: float = ANSWER_S,
     ) -> None:
         self._rig = rig
+        self._injected = injected
         self._catalog = catalog
         self._ollama = ollama
         self._settings = settings
@@ -84,6 +90,7 @@ class Launching:
         self._profiles: OrderedDict[tuple[str, int, int], ModelProfile] = OrderedDict()
         self._plans: OrderedDict[object, tuple[asyncio.Task[Plan], float]] = OrderedDict()  # under way, or too late
         self._watching: asyncio.Task[None] | None = None
+        self._looks = 0  # since the last launch
 
     async def answer(self, body: bytes) -> tuple[int, bytes]:
         """Status and body for what the launcher posted; never raises."""
@@ -95,6 +102,8 @@ class Launching:
         reason = ""
         try:
             self._launches.asked(request.blob, spread=request.spread)
+            if request.gpu_layers is not None and request.gpu_layers == self._injected(request.blob).get("num_gpu"):
+                request = replace(request, gpu_layers=None)  # lopsided's own, from before the launcher was seen
             if request.wish is None:
                 async with asyncio.timeout(self._answer_s):
                     return await self._answer(request)
@@ -213,12 +222,14 @@ class Launching:
 
     def _watch(self) -> None:
         """Looks at ``/api/ps`` until no load is open."""
+        self._looks = 0
         if self._watching is None or self._watching.done():
             self._watching = asyncio.create_task(self._look(), name="watch launches")
 
     async def _look(self) -> None:
         while self._launches.pending:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(LOOKS_S[min(self._looks, len(LOOKS_S) - 1)])
+            self._looks += 1
             with suppress(UpstreamError):
                 for entry in await self._ollama.loaded():
                     with suppress(ModelError):

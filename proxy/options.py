@@ -46,6 +46,11 @@ class Delivery:
     by_launcher: bool = False
     """The launcher places the model, as the plan's ``chosen`` says or as it is then."""
 
+    @property
+    def places(self) -> bool:
+        """Whether a placement of lopsided's goes out, one way or the other."""
+        return bool(self.options) or self.by_launcher
+
 
 def stock(reason: str, *, without: frozenset[str] = frozenset()) -> Delivery:
     """Nothing is put in, and ``reason`` says why."""

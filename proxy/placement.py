@@ -172,7 +172,11 @@ class Placements:
     async def after_failure(self, decision: Decision) -> Decision | None:
         """What to send instead, once ``decision`` has run out of memory; ``None`` where it was stock's own placement."""
         failed = decision.in_force
-        if failed is None or not failed.delivery.options or decision.request is None:
+        if failed is None or decision.request is None:
+            return None
+        if failed.delivery.by_launcher and self._launches.failed(blob_name(failed.blob)):
+            return await self._again(decision, decision.request)  # the same request, and another answer to the launcher
+        if not failed.delivery.options:
             return None
         slot = self._slots[failed.blob]
         before = self._failure(failed.blob, failed.num_ctx)
@@ -183,7 +187,10 @@ class Placements:
             log.warning("%s: %s ran out of memory", failed.model, failed.delivery.text)
         if slot.current is failed:
             slot.current = None
-        instead = await self.decide(decision.request)
+        return await self._again(decision, decision.request)
+
+    async def _again(self, decision: Decision, request: LoadRequest) -> Decision:
+        instead = await self.decide(request)
         self.done(decision, loaded=False)  # not before: a client that leaves meanwhile has it called for this decision
         return instead
 
@@ -238,6 +245,10 @@ class Placements:
     def in_force(self) -> tuple[InForce, ...]:
         """Every placement that was decided and has not ended as far as is known."""
         return tuple(slot.current for slot in self._slots.values() if slot.current is not None)
+
+    def injected(self, blob: str) -> Mapping[str, object]:
+        """The options that go into the requests for the file named ``blob`` now."""
+        return next((now.delivery.options for now in self.in_force() if blob_name(now.blob) == blob), {})
 
     async def rig(self) -> Rig:
         """The GPUs as they are now. Raises ``GpuError``."""

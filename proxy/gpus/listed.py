@@ -46,7 +46,8 @@ def parse_listing(text: str) -> tuple[ListedDevice, ...]:
 
 
 def rig_of(devices: Iterable[ListedDevice], *, known: Mapping[str, Gpu] | None = None, host: Host | None = None) -> Rig:
-    """The rig of a list, in its order. ``known`` has what else is known of a device by its name.
+    """The rig of a list, in its order. ``known`` has what else is known of a device by its name; of the two
+    numbers of free bytes the smaller one counts, since a profile may hold some back.
 
     A card that is not known is looked up in the table of cards by its description, and else only its memory is known. A list
     says no UUID, so the device's name stands for it.
@@ -56,8 +57,7 @@ def rig_of(devices: Iterable[ListedDevice], *, known: Mapping[str, Gpu] | None =
 
 def _gpu(device: ListedDevice, known: Gpu | None) -> Gpu:
     if known is not None:
-        total_bytes = max(known.total_bytes, device.free_bytes)
-        return replace(known, total_bytes=total_bytes, free_bytes=device.free_bytes)
+        return replace(known, free_bytes=min(known.free_bytes, device.free_bytes))
     gpu = Gpu(
         uuid=device.name,
         name=device.description,

@@ -147,12 +147,11 @@ class Scheduler:
                 await self._evict(self._victim(), "evict")
                 continue
             self.history.append(Event(kind="launch", model=model.name, load=load))
-            error = load.refusal(self.gpus.rig(), self.environment)
+            error, start_s = await self._start(model, load)
+            waited_s += start_s
             if error is None:
                 break
             self.history.append(Event(kind="out of memory", model=model.name, load=load))
-            waited_s += START_S
-            await self.sleep(START_S)
             smaller = smaller_num_ctx(num_ctx) if options.num_ctx is None else None
             if retried or self.environment.era == "runner" or (smaller is None and not self._runners):
                 raise LoadError(error)
@@ -160,6 +159,21 @@ class Scheduler:
             num_ctx = smaller or num_ctx
             for other in tuple(self._runners.values()):
                 await self._evict(other, "evict")
+        runner = Runner(
+            model=model,
+            options=options,
+            load=load,
+            session_s=self.environment.keep_alive_s,
+            slots=asyncio.Semaphore(load.settings.parallel),
+        )
+        self._runners[model.blob] = runner
+        return runner, waited_s
+
+    async def _start(self, model: Model, load: Load) -> tuple[str | None, float]:
+        """Starts a runner and waits until it is ready: the error of one that is not, and the simulated seconds it took."""
+        if error := load.refusal(self.gpus.rig(), self.environment):
+            await self.sleep(START_S)
+            return error, START_S
         loading_s = START_S + sum(device.weights_bytes for device in load.memory.devices) / LOAD_BYTES_PER_S
         held = [device.total_bytes for device in load.memory.devices]
         self.gpus.hold(held)
@@ -169,15 +183,11 @@ class Scheduler:
             self._give_back(held)
             self.history.append(Event(kind="abort", model=model.name, load=load))
             raise
-        runner = Runner(
-            model=model,
-            options=options,
-            load=load,
-            session_s=self.environment.keep_alive_s,
-            slots=asyncio.Semaphore(load.settings.parallel),
-        )
-        self._runners[model.blob] = runner
-        return runner, waited_s + loading_s
+        return None, loading_s
+
+    def _stop(self, runner: Runner) -> None:
+        """Ends what ``_start`` started."""
+        self._give_back([device.total_bytes for device in runner.load.memory.devices])
 
     def _victim(self) -> Runner:
         """``findRunnerToUnload``: the idle runner with the shortest keep-alive, else the first to become idle."""
@@ -218,7 +228,7 @@ class Scheduler:
     def _drop(self, runner: Runner) -> None:
         self.history.append(Event(kind="unload", model=runner.model.name))
         self._runners.pop(runner.model.blob, None)
-        self._give_back([device.total_bytes for device in runner.load.memory.devices])
+        self._stop(runner)
         runner.gone.set()
 
     def _give_back(self, held: Sequence[int]) -> None:

@@ -102,3 +102,19 @@ def test_where_a_model_was_placed_is_known_until_the_launcher_asks_again():
     assert launches.placed("sha256-b") is None
     launches.asked("sha256-a", spread=True)
     assert launches.placed("sha256-a") is None
+
+
+def test_a_request_that_ran_out_of_memory_is_worth_another_try_until_stock_has_failed(launches):
+    tries = []
+    for _ in range(4):
+        launch(launches, "a")
+        tries.append(launches.failed("a"))
+    assert tries == [True, True, False, False]
+    assert launch(launches, "a") == 2
+
+
+def test_a_failure_without_an_answer_of_ours_is_nobodys_plan(launches):
+    assert not launches.failed("a")
+    launch(launches, "a")
+    launches.loaded("a")
+    assert not launches.failed("a")

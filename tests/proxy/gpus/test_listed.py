@@ -43,6 +43,6 @@ def test_cards_of_the_table_are_known_and_others_by_their_memory_alone():
 
 
 def test_what_the_driver_knows_of_a_card_wins_but_for_what_is_free():
-    known = Gpu(uuid="GPU-1", name="NVIDIA GeForce RTX 3090", total_bytes=24576 * MIB, free_bytes=MIB, sm_count=80)
+    known = Gpu(uuid="GPU-1", name="NVIDIA GeForce RTX 3090", total_bytes=24576 * MIB, free_bytes=9000 * MIB, sm_count=80)
     gpu = rig_of(parse_listing(PRINTED), known={"CUDA0": known}).gpus[0]
-    assert (gpu.uuid, gpu.sm_count, gpu.total_bytes, gpu.free_bytes) == ("GPU-1", 80, 24576 * MIB, 23700 * MIB)
+    assert (gpu.uuid, gpu.sm_count, gpu.total_bytes, gpu.free_bytes) == ("GPU-1", 80, 24576 * MIB, 9000 * MIB)
