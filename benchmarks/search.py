@@ -66,9 +66,9 @@ def measure(profile: ModelProfile, cards: Sequence[tuple[str, int, float, tuple[
     label = ""
     for run in range(RUNS):
         rig = Rig(gpus=tuple(gpu(card, 7 * run) for card in cards), host=host)
-        start = time.perf_counter()
+        start = time.process_time()
         plan = make_plan(profile, rig, PlanRequest(num_ctx=num_ctx))
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append((time.process_time() - start) * 1e3)
         label = plan.chosen.label
     print(
         f"{profile.name:34} {profile.n_layers:4} layers  {len(cards):2} GPUs  first {times[0]:6.1f} ms  "

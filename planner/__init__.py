@@ -11,8 +11,8 @@
   ``calibration`` learn them from answers.
 * ``fit`` and ``autofit``: how Ollama's two eras split layers; ``stock``: what stock Ollama does with a request.
 * ``power``, ``costs``, ``balance``, ``contiguous``, ``layout``: the boost algorithm.
-* ``request``, ``search``, ``plan``, ``reasons``: the question, the candidates, the answer, and why. ``frontier``: the context
-  that each kind of placement has room for.
+* ``request``, ``search`` (with ``cuts``), ``choice``, ``plan``, ``reasons``: the question, the candidates, which one wins, the
+  answer, and why. ``frontier``: the context that each kind of placement has room for.
 """
 
 from planner.hardware import Gpu, Host, Rig

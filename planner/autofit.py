@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from planner.placement import Placement, on_cpu
+from planner.placement import Placement, contiguous
 from planner.profile import ModelProfile
 from planner.sizes import Sizes
 from planner.units import MIB
@@ -74,15 +74,6 @@ def split_by_memory(layers: int, free_bytes: Sequence[int]) -> tuple[int, ...]:
     for layer in range(layers):
         counts[min(bisect_right(bounds, layer / layers), len(counts) - 1)] += 1
     return tuple(counts)
-
-
-def contiguous(counts: Sequence[int], n_layers: int, cpu_experts: frozenset[int] = frozenset()) -> Placement:
-    """The placement of ``counts`` layers on devices 0, 1, …, the output layer counted on the last that has any."""
-    order = tuple(i for i, count in enumerate(counts) if count)
-    if not order:
-        return on_cpu(n_gpus=len(counts), n_layers=n_layers)
-    layers = tuple(count - (i == order[-1]) for i, count in enumerate(counts))
-    return Placement(layers=layers, order=order, output_gpu=order[-1], cpu_layers=n_layers - sum(layers), cpu_experts=cpu_experts)
 
 
 def auto_fit(profile: ModelProfile, sizes: Sizes, free_bytes: Sequence[int], margins_bytes: Sequence[int]) -> Fit:

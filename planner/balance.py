@@ -59,16 +59,21 @@ def redistribute_heavy_layers(
         return assignment
     strongest = ranked[0]
     room = _room(owners, model, usable_bytes)[strongest]
-    while (weakest := _weakest(owners, ranked)) is not None:
+    costs = {gpu: device_cost(owners, model, gpu) for gpu in ranked}
+    for weakest in reversed(ranked[1:]):
         target = BALANCE_TOLERANCE * target_imbalance(powers, strongest, weakest)
-        if device_cost(owners, model, strongest) >= target * device_cost(owners, model, weakest):
+        held = (i for i, owner in enumerate(owners[:-1]) if owner == weakest)
+        for heaviest in sorted(held, key=lambda i: (-model.ffn_bytes[i], -i)):
+            if costs[strongest] >= target * costs[weakest]:
+                return tuple(owners)
+            moved = model.layers_bytes[heaviest]
+            if moved <= room:
+                owners[heaviest] = strongest
+                room -= moved
+                costs[strongest] += moved
+                costs[weakest] -= moved
+        if weakest in owners[:-1]:
             break
-        movable = [i for i, cost in enumerate(model.layers_bytes) if owners[i] == weakest and cost <= room]
-        if not movable:
-            break
-        heaviest = max(movable, key=lambda i: (model.ffn_bytes[i], i))
-        owners[heaviest] = strongest
-        room -= model.layers_bytes[heaviest]
     return tuple(owners)
 
 
@@ -81,11 +86,6 @@ def device_cost(assignment: Sequence[int | None], model: LayerCosts, gpu: int) -
 def target_imbalance(powers: Sequence[float], strongest: int, weakest: int) -> float:
     """``raw_strongest / (raw_weakest + 1)``: how many times the weakest GPU's cost the strongest should have."""
     return powers[strongest] / (powers[weakest] + 1)
-
-
-def _weakest(assignment: Sequence[int | None], ranked: Sequence[int]) -> int | None:
-    """The last of ``ranked``, the strongest left out, that holds repeating layers; ``None`` where only the strongest does."""
-    return next((gpu for gpu in reversed(ranked[1:]) if gpu in assignment[:-1]), None)
 
 
 def _room(owners: Sequence[int | None], model: LayerCosts, usable: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 
@@ -47,7 +48,8 @@ def nearest_contiguous(assignment: Assignment, costs: Sequence[int], usable_byte
     for cpu_layers in range(last + 1):
         ends: dict[int, tuple[int, tuple[int, ...]]] = {cpu_layers: (0, ())}
         for gpu in order:
-            ends = _extend(ends, prefix, limits[gpu], wanted[gpu])
+            stops = (last,) if gpu == order[-1] else range(last + 1)
+            ends = _extend(ends, prefix, limits[gpu], wanted[gpu], stops)
         if last in ends:
             owners: list[int | None] = [None] * cpu_layers
             start = cpu_layers
@@ -59,15 +61,16 @@ def nearest_contiguous(assignment: Assignment, costs: Sequence[int], usable_byte
 
 
 def _extend(
-    ends: dict[int, tuple[int, tuple[int, ...]]], prefix: Sequence[int], limit_bytes: int, wanted_bytes: int
+    ends: dict[int, tuple[int, tuple[int, ...]]], prefix: Sequence[int], limit_bytes: int, wanted_bytes: int, stops: Sequence[int]
 ) -> dict[int, tuple[int, tuple[int, ...]]]:
-    """From the best ``(deviation, cuts)`` that ends at each layer to those with one device more."""
+    """From the best ``(deviation, cuts)`` that ends at each layer to those with one device more, which ends at a stop."""
     longer: dict[int, tuple[int, tuple[int, ...]]] = {}
     for start, (deviation, cuts) in ends.items():
-        for end in range(start, len(prefix)):
+        for end in stops[bisect_left(stops, start) :]:
             run_bytes = prefix[end] - prefix[start]
             if run_bytes > limit_bytes:
                 break
             way = (deviation + abs(run_bytes - wanted_bytes), (*cuts, end))
-            longer[end] = min(way, longer.get(end, way))
+            if end not in longer or way < longer[end]:
+                longer[end] = way
     return longer

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+from planner.choice import ranked
 from planner.hardware import Rig
 from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
-from planner.search import Search, ranked
+from planner.search import Search
 from planner.stock import default_num_ctx, libraries, settings_on
 
 CONTEXT_STEP = 1024

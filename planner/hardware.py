@@ -6,6 +6,7 @@ Unknown is ``None``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -54,3 +55,9 @@ class Rig:
 
     gpus: tuple[Gpu, ...]
     host: Host = Host()
+
+
+def gpu_names(gpus: Sequence[Gpu]) -> tuple[str, ...]:
+    """Short names for people: the maker's prefixes left out, equal cards told apart by their index."""
+    short = [gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ") for gpu in gpus]
+    return tuple(name if short.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(short))

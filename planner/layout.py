@@ -16,7 +16,7 @@ from planner.balance import device_cost, protect_output_layer, redistribute_heav
 from planner.contiguous import is_contiguous, nearest_contiguous, to_placement
 from planner.costs import LayerCosts
 from planner.fit import Assignment, Device, balanced_fit, placed, stock_fit, stock_groups
-from planner.hardware import Gpu
+from planner.hardware import Gpu, gpu_names
 from planner.placement import Placement
 from planner.power import (
     BOOST_MAX,
@@ -62,13 +62,13 @@ def _stock_layout(model: LayerCosts, gpus: Sequence[Gpu], usable: Sequence[int])
     fit = stock_fit(model.all_bytes, stock_groups(_device(gpus, usable, gpu, 1.0) for gpu in range(len(gpus))))
     reasons = (
         "boost 1: in proportion to memory, the GPU with the least first, as Ollama's runner era does",
-        _fit_reason(fit, model, _names(gpus), usable),
+        _fit_reason(fit, model, gpu_names(gpus), usable),
     )
     return Layout(placement=to_placement(fit, n_gpus=len(gpus)), reasons=reasons)
 
 
 def _boosted_layout(model: LayerCosts, gpus: Sequence[Gpu], usable: Sequence[int], boost: float) -> Layout:
-    names, powers = _names(gpus), raw_powers(gpus)
+    names, powers = gpu_names(gpus), raw_powers(gpus)
     fit, group = _boosted_fit(model.all_bytes, gpus, usable, boost)
     if fit[-1] is None:  # no GPU holds the output layer, and nothing is handed out before it
         fit, group = _boosted_fit(model.layers_bytes, gpus, usable, boost)
@@ -133,11 +133,6 @@ def _device(gpus: Sequence[Gpu], usable: Sequence[int], gpu: int, capacity: floa
         integrated=gpus[gpu].integrated,
         uuid=gpus[gpu].uuid,
     )
-
-
-def _names(gpus: Sequence[Gpu]) -> list[str]:
-    names = [gpu.name for gpu in gpus]
-    return [name if names.count(name) == 1 else f"{name} (GPU {i})" for i, name in enumerate(names)]
 
 
 def _fit_reason(fit: Assignment, model: LayerCosts, names: Sequence[str], usable: Sequence[int]) -> str:

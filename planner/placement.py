@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,3 +79,25 @@ def solo(gpu: int, *, n_gpus: int, n_layers: int) -> Placement:
 def on_cpu(*, n_gpus: int, n_layers: int) -> Placement:
     """Nothing on any GPU."""
     return Placement(layers=(0,) * n_gpus, cpu_layers=n_layers)
+
+
+def contiguous(counts: Sequence[int], n_layers: int, cpu_experts: frozenset[int] = frozenset()) -> Placement:
+    """The placement of ``counts`` layers on devices 0, 1, …, the output layer counted on the last that has any."""
+    order = tuple(i for i, count in enumerate(counts) if count)
+    if not order:
+        return on_cpu(n_gpus=len(counts), n_layers=n_layers)
+    layers = tuple(count - (i == order[-1]) for i, count in enumerate(counts))
+    return Placement(layers=layers, order=order, output_gpu=order[-1], cpu_layers=n_layers - sum(layers), cpu_experts=cpu_experts)
+
+
+def in_words(placement: Placement, names: Sequence[str]) -> str:
+    """``RTX 5090 alone``, ``12 in RAM + 27 on RTX 3090 + 42 on RTX 5090``: lowest layers first, the output layer counted."""
+    if placement.kind == "solo":
+        return f"{names[placement.order[0]]} alone"
+    if placement.kind == "cpu":
+        return "all in RAM"
+    in_ram = placement.cpu_layers + (placement.output_gpu is None)
+    runs = [f"{in_ram} in RAM"] if in_ram else []
+    runs += [f"{placement.shares[gpu]} on {names[gpu]}" for gpu in placement.order]
+    experts = f", experts of {len(placement.cpu_experts)} layers in RAM" if placement.cpu_experts else ""
+    return " + ".join(runs) + experts

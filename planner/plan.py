@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from planner.choice import choose, ranked
 from planner.costs import layer_costs
 from planner.hardware import Rig
 from planner.layout import create_layout
@@ -13,7 +14,7 @@ from planner.placement import on_cpu
 from planner.profile import ModelProfile
 from planner.reasons import boost_reason, reasons
 from planner.request import Candidate, Era, PlanRequest
-from planner.search import Search, choose, ranked
+from planner.search import Search
 from planner.stock import StockLoad, libraries, on_rig, settings_on, stock_load
 
 

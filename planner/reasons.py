@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.hardware import Rig
+from planner.choice import NEVER_WORSE_GAIN, score
+from planner.hardware import Rig, gpu_names
+from planner.placement import in_words
 from planner.request import Candidate, PlanRequest
-from planner.search import NEVER_WORSE_GAIN, gpu_names, score
 from planner.units import GIB
 
 LOSERS_SHOWN = 5
@@ -23,8 +24,8 @@ def reasons(
     rejected: Sequence[Candidate],
 ) -> tuple[str, ...]:
     """Why ``chosen``: one sentence each, in order."""
-    names = gpu_names(rig)
-    lines = [f"stock Ollama ({request.era} era): {describe(stock, names)}, {_speed(stock)}"]
+    names = gpu_names(rig.gpus)
+    lines = [f"stock Ollama ({request.era} era): {in_words(stock.placement, names)}, {_speed(stock)}"]
     if not stock.fits:
         lines.append(f"stock would run out of memory: {_overflow(stock, names)}")
     lines += [f"{candidate.label} does not fit: {_overflow(candidate, names)}" for candidate in rejected]
@@ -35,7 +36,7 @@ def reasons(
     lines += [f"not chosen: {candidate.label}, {_speed(candidate)}" for candidate in losers]
     gain = score(chosen, request.objective) / score(stock, request.objective) - 1
     rates = "by measured rates" if chosen.calibrated else "predicted, not calibrated"
-    lines.append(f"chosen: {describe(chosen, names)}, {_speed(chosen)}, {gain:+.0%} against stock ({rates})")
+    lines.append(f"chosen: {in_words(chosen.placement, names)}, {_speed(chosen)}, {gain:+.0%} against stock ({rates})")
     lines += _bounds(chosen, names)
     return tuple(lines)
 
@@ -43,18 +44,6 @@ def reasons(
 def boost_reason(boost: float) -> str:
     """Why there was no search."""
     return f"the boost {boost:g} is set: the boost algorithm's layout, whatever is predicted"
-
-
-def describe(candidate: Candidate, names: Sequence[str]) -> str:
-    """A placement in words; layers count the output layer."""
-    placement = candidate.placement
-    if not placement.order:
-        return "everything in RAM"
-    if placement.kind == "solo":
-        return f"everything on {names[placement.order[0]]}"
-    text = " + ".join(f"{placement.shares[gpu]} layers on {names[gpu]}" for gpu in placement.order)
-    text += f" + {placement.cpu_layers} in RAM" if placement.cpu_layers else ""
-    return text + (f", the experts of {len(placement.cpu_experts)} layers in RAM" if placement.cpu_experts else "")
 
 
 def _stock_stays(stock: Candidate, losers: Sequence[Candidate], request: PlanRequest) -> str:

@@ -4,64 +4,35 @@ Candidates: stock's own; each GPU alone; the boost algorithm's layouts; the best
 fits on them, the lowest layers, or the experts of the lowest layers, in RAM.
 
 A layer costs less on a faster GPU whichever layer it is, so the best split fills the fastest GPU first, with the output layer
-on it, then the next: ``best_split`` finds it by dynamic programming over devices and layers, exactly for up to ``EXACT_GPUS``
-(every order, every cut), and for more with the devices in the order of their speed, each in turn as the one with the output
-layer, and filled to within ``SLACK_LAYERS`` of its limit: what that can lose is ``SLACK_LAYERS`` layers on each device.
+on it, then the next: ``best_split`` finds it (``planner.cuts``), exactly for up to ``EXACT_GPUS`` (every order, every cut), and
+for more with the devices in the order of their speed, each in turn as the one with the output layer, and filled to within
+``SLACK_LAYERS`` of its limit: what that can lose is ``SLACK_LAYERS`` layers on each device. ``planner.choice`` says which wins.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, combinations, pairwise, permutations
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, combinations, pairwise
 
 from planner.costs import layer_costs
-from planner.hardware import Rig
+from planner.cuts import EXACT_GPUS, ROLES, SLACK_LAYERS, Problem, Split, role
+from planner.hardware import Rig, gpu_names
 from planner.layout import create_layout
 from planner.memory import estimate_memory
-from planner.placement import Placement, solo
+from planner.placement import Placement, in_words, solo
 from planner.profile import ModelProfile
-from planner.request import Candidate, Objective, PlanRequest
+from planner.request import Candidate, PlanRequest
 from planner.settings import LoadSettings
 from planner.sizes import Sizes
-from planner.speed import (
-    HOP_SECONDS,
-    PROMPT_TOKENS,
-    Work,
-    decode_seconds,
-    gpu_rates,
-    host_rates,
-    model_work,
-    prefill_seconds,
-)
+from planner.speed import Work, decode_seconds, gpu_rates, host_rates, model_work, work_speed
 from planner.stock import StockLoad, on_rig, settings_on
-
-NEVER_WORSE_GAIN = 0.02
-"""How much faster than stock a plan must be predicted to be taken, a pure number; a smaller gain is not worth a reload."""
-
-TIE = 0.001
-"""Scores that differ by less count as equal, a pure number."""
-
-BALANCED_TURN = (1024, 256)
-"""Tokens of prompt and answer by which the objective ``balanced`` weighs prefill and decode."""
 
 BOOSTS = (1.0, 1.25, 1.5, 1.75, 2.0)
 """The boost algorithm's factors that are looked at."""
 
-EXACT_GPUS = 3
-"""GPUs up to which every order and every cut is looked at: more would take longer than a plan may."""
-
-SLACK_LAYERS = 2
-"""Layers by which a device may stay below its limit, where not every cut is looked at."""
-
 LEAST_GAIN = 1e-6
 """Part of a token's time that a move of one layer must save, a pure number: more than what rounding can pretend."""
-
-Role = Literal["first", "middle", "last"]
-ROLES: tuple[Role, ...] = ("first", "middle", "last")
-"""A device's place in the order, which its compute buffer hangs on: hidden states come in, pass through, or become logits."""
 
 ROUNDS = 8
 """How often a split is searched again with the compute buffers that the last one turned out to have."""
@@ -81,6 +52,7 @@ class Search:
         self.rates = tuple(gpu_rates(gpu, request.calibration) for gpu in rig.gpus)
         self.host = host_rates(rig.host, request.calibration)
         self.limits = tuple(max(gpu.free_bytes - request.margin_bytes - request.gpu_overhead_bytes, 0) for gpu in rig.gpus)
+        self.names = gpu_names(rig.gpus)
         self._runtime = (request.runtime_bytes,) * len(rig.gpus)
         self._sizes: dict[LoadSettings, Sizes] = {}
 
@@ -115,16 +87,16 @@ class Search:
                 for device, shift in zip(memory.devices, shifts_bytes, strict=True)
             )
             memory = replace(memory, devices=devices)
-        work = self.work(settings)
+        speed = work_speed(self.work(settings), placement, self.rates, self.host, ubatch=settings.ubatch)
         return Candidate(
             label=label,
             placement=placement,
             settings=settings,
             memory=memory,
             limits=self.limits if limits is None else limits,
-            decode_tokens_per_s=1 / decode_seconds(work, placement, self.rates, self.host),
-            prefill_tokens_per_s=PROMPT_TOKENS / prefill_seconds(work, placement, self.rates, self.host, ubatch=settings.ubatch),
-            calibrated=bool(placement.order) and all(self.rates[gpu].source == "calibrated" for gpu in placement.order),
+            decode_tokens_per_s=speed.decode_tokens_per_s,
+            prefill_tokens_per_s=speed.prefill_tokens_per_s,
+            calibrated=speed.calibrated,
         )
 
     def stock(self, load: StockLoad, label: str) -> Candidate:
@@ -140,7 +112,7 @@ class Search:
         """The model on ``gpu`` alone, with Ollama's batch there, or ``least_batch`` where that is larger and fits."""
         placement = solo(gpu, n_gpus=len(self.rig.gpus), n_layers=self.profile.n_layers)
         settings = settings_on(self.profile, self.rig, self.request, (gpu,))
-        candidate = self.candidate(f"all on {gpu_names(self.rig)[gpu]}", placement, settings)
+        candidate = self.candidate(in_words(placement, self.names), placement, settings)
         if settings.batch >= least_batch or self.request.num_batch is not None:
             return candidate
         larger = self.candidate(candidate.label, placement, replace(settings, batch=least_batch, ubatch=least_batch))
@@ -186,7 +158,7 @@ class Search:
         best: Candidate | None = None
         seen: set[Placement] = set()
         for _ in range(ROUNDS):
-            problem = _Problem(
+            problem = Problem(
                 held=_less_experts(sizes.held_prefix, sizes.experts_prefix, cpu_experts),
                 read=_less_experts(work.read_prefix, (0.0, *accumulate(work.expert_bytes)), cpu_experts),
                 inverse={gpu: 1 / self.rates[gpu].decode_bytes_per_s for gpu in gpus},
@@ -203,17 +175,17 @@ class Search:
             if placement in seen:
                 break
             seen.add(placement)
-            found = self.candidate(self._label(placement), placement, settings)
+            found = self.candidate(in_words(placement, self.names), placement, settings)
             near = [found]
             if cpu_experts and not self.holds(found):  # the cut beside it may need a smaller buffer
-                near += [self.candidate(self._label(moved), moved, settings) for moved in self._moves(found)]
+                near += [self.candidate(in_words(moved, self.names), moved, settings) for moved in self._moves(found)]
             best = max(
                 (candidate for candidate in (best, *near) if candidate and self.holds(candidate)),
                 key=lambda candidate: candidate.decode_tokens_per_s,
                 default=None,
             )
             for position, gpu in enumerate(placement.order):
-                device, key = found.memory.devices[gpu], (gpu, _role(position, len(placement.order)))
+                device, key = found.memory.devices[gpu], (gpu, role(position, len(placement.order)))
                 if device.total_bytes > self.limits[gpu]:
                     buffers[key] = device.compute_bytes
         return self._polished(best) if best and cpu_experts else best
@@ -224,7 +196,7 @@ class Search:
         moves = iter(self._moves(best))
         while (placement := next(moves, None)) is not None:
             if self.decode_seconds(work, placement) * best.decode_tokens_per_s < 1 - LEAST_GAIN:
-                moved = self.candidate(self._label(placement), placement, best.settings)
+                moved = self.candidate(in_words(placement, self.names), placement, best.settings)
                 if self.holds(moved):
                     best = moved
                     moves = iter(self._moves(best))
@@ -287,7 +259,7 @@ class Search:
             if candidate:
                 yield candidate
 
-    def _placement(self, split: _Split, cpu_experts: int) -> Placement:
+    def _placement(self, split: Split, cpu_experts: int) -> Placement:
         layers = [0] * len(self.rig.gpus)
         for gpu, count in split.counts:
             layers[gpu] = count
@@ -300,12 +272,6 @@ class Search:
             cpu_layers=self.profile.n_layers - sum(layers),
             cpu_experts=frozenset(range(cpu_experts)),
         )
-
-    def _label(self, placement: Placement) -> str:
-        names = gpu_names(self.rig)
-        text = " + ".join(f"{placement.shares[gpu]} on {names[gpu]}" for gpu in placement.order)
-        text += f" + {placement.cpu_layers} in RAM" if placement.cpu_layers else ""
-        return text + (f", experts of {len(placement.cpu_experts)} layers in RAM" if placement.cpu_experts else "")
 
     def _buffers(self, sizes: Sizes, n_gpus: int, *, partial: bool, experts: bool = False) -> tuple[int, int, int]:
         """Compute buffers of the first, a middle and the last device, of a sample placement over up to three devices."""
@@ -325,125 +291,6 @@ class Search:
         return buffers[0], buffers[len(buffers) // 2], buffers[-1]
 
 
-def _role(position: int, count: int) -> Role:
-    return "last" if position == count - 1 else "first" if position == 0 else "middle"
-
-
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """Layers of each device, lowest layers first; the last has the output layer."""
-
-    seconds: float
-    counts: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Problem:
-    """Where to cut the layers. ``held`` and ``read`` are prefix sums in bytes; ``inverse`` is in seconds per byte."""
-
-    held: Sequence[float]
-    read: Sequence[float]
-    inverse: dict[int, float]
-    rooms: dict[int, int]
-    buffers: Mapping[tuple[int, Role], int]
-    output_held: int
-    output_read: int
-    host_inverse: float | None
-
-    def solve(self) -> _Split | None:
-        """The fastest split over every order that is looked at; ``None`` where nothing fits."""
-        exact = len(self.rooms) <= EXACT_GPUS
-        found = (self._best_cuts(order, None if exact else SLACK_LAYERS) for order in self._orders(exact))
-        return min((split for split in found if split), key=lambda split: (split.seconds, split.counts), default=None)
-
-    def _orders(self, exact: bool) -> Iterator[tuple[int, ...]]:
-        ranked = sorted(self.rooms, key=lambda gpu: (-self.inverse[gpu], self.rooms[gpu], -gpu))
-        if exact:
-            yield from permutations(ranked)
-        else:
-            for gpu in reversed(ranked):
-                yield (*(other for other in ranked if other != gpu), gpu)
-
-    def _best_cuts(self, order: tuple[int, ...], slack: int | None) -> _Split | None:
-        held, read, last = self.held, self.read, len(order) - 1
-        states: dict[int, tuple[float, tuple[int, ...]]] = {len(held) - 1: (0.0, ())}
-        for position in range(last, -1, -1):
-            gpu = order[position]
-            room = self.rooms[gpu] - self.buffers[gpu, _role(position, len(order))]
-            room -= self.output_held if position == last else 0
-            if position == last and room < 0:
-                return None
-            fixed = self.output_read * self.inverse[gpu] if position == last else HOP_SECONDS
-            inverse = self.inverse[gpu]
-            following: dict[int, tuple[float, tuple[int, ...]]] = {}
-            for end, (seconds, counts) in states.items():
-                lowest = bisect_left(held, held[end] - room, 0, end) if room > 0 else end
-                for start in self._starts(lowest, end, gpu, position, slack):
-                    took = end - start
-                    cost = seconds + (read[end] - read[start]) * inverse + (fixed if took or position == last else 0.0)
-                    known = following.get(start)
-                    if known is None or cost < known[0]:
-                        following[start] = (cost, (took, *counts))
-            states = following
-        ends = ((seconds + self._rest(start), start, counts) for start, (seconds, counts) in states.items())
-        best = min((end for end in ends if not end[1] or self.host_inverse is not None), default=None)
-        return _Split(best[0], tuple(zip(order, best[2], strict=True))) if best else None
-
-    def _starts(self, lowest: int, end: int, gpu: int, position: int, slack: int | None) -> Iterable[int]:
-        """Where the run that ends at ``end`` may begin. The last device in turn takes all it can, unless RAM is faster."""
-        if position == 0:
-            if self.host_inverse is None:
-                return () if lowest else (0,)
-            if self.inverse[gpu] < self.host_inverse:
-                return (lowest, end) if lowest < end else (end,)
-        if slack is None:
-            return range(lowest, end + 1)
-        return (*range(lowest, min(lowest + slack, end - 1) + 1), end)
-
-    def _rest(self, start: int) -> float:
-        return self.read[start] * (self.host_inverse or 0.0) + (HOP_SECONDS if start else 0.0)
-
-
 def _less_experts(prefix: Sequence[float], experts: Sequence[float], layers: int) -> Sequence[float]:
     """Prefix sums without the experts of the ``layers`` lowest layers."""
     return [value - experts[min(i, layers)] for i, value in enumerate(prefix)] if layers else prefix
-
-
-def gpu_names(rig: Rig) -> tuple[str, ...]:
-    """Names for people: a card's own, with its index where several cards share it."""
-    names = [gpu.name for gpu in rig.gpus]
-    return tuple(name if names.count(name) == 1 else f"{name} (GPU {i})" for i, name in enumerate(names))
-
-
-def score(candidate: Candidate, objective: Objective) -> float:
-    """What the objective wants more of: tokens/s of decode or prefill, or of a whole turn."""
-    if objective == "decode":
-        return candidate.decode_tokens_per_s
-    if objective == "prefill":
-        return candidate.prefill_tokens_per_s
-    prompt, answer = BALANCED_TURN if objective == "balanced" else objective
-    return (prompt + answer) / (prompt / candidate.prefill_tokens_per_s + answer / candidate.decode_tokens_per_s)
-
-
-def ranked(candidates: Iterable[Candidate], objective: Objective) -> tuple[Candidate, ...]:
-    """The best first. Within ``TIE`` of the best: fewer GPUs, then the faster prefill, then the order given."""
-    rest = sorted(candidates, key=lambda candidate: -score(candidate, objective))
-    order: list[Candidate] = []
-    while rest:
-        best = score(rest[0], objective)
-        tied = [candidate for candidate in rest if score(candidate, objective) >= best * (1 - TIE)]
-        order += sorted(tied, key=lambda candidate: (len(candidate.placement.order), -candidate.prefill_tokens_per_s))
-        rest = rest[len(tied) :]
-    return tuple(order)
-
-
-def choose(candidates: Iterable[Candidate], stock: Candidate, objective: Objective) -> Candidate:
-    """The best of ``candidates``, or ``stock`` itself where none is worth leaving it.
-
-    Stock stays unless the best scores ``NEVER_WORSE_GAIN`` more, so what decodes no faster and prefills slower is never taken,
-    whatever the objective. A stock that does not fit (the load would fail) is left for any candidate.
-    """
-    best = next(iter(ranked(candidates, objective)), None)
-    if best is None or not stock.fits:
-        return best or stock
-    return best if score(best, objective) >= score(stock, objective) * (1 + NEVER_WORSE_GAIN) else stock

@@ -234,12 +234,15 @@ def predict_speed(
     profile: ModelProfile, rig: Rig, settings: LoadSettings, placement: Placement, calibration: Calibration | None = None
 ) -> Speed:
     """Decode and prefill of ``placement`` on ``rig``."""
-    work = model_work(profile, settings)
     rates = tuple(gpu_rates(gpu, calibration) for gpu in rig.gpus)
-    host = host_rates(rig.host, calibration)
+    return work_speed(model_work(profile, settings), placement, rates, host_rates(rig.host, calibration), ubatch=settings.ubatch)
+
+
+def work_speed(work: Work, placement: Placement, rates: tuple[Rates, ...], host: Rates, *, ubatch: int) -> Speed:
+    """The same for known work on known devices."""
     return Speed(
         decode_tokens_per_s=1 / decode_seconds(work, placement, rates, host),
-        prefill_tokens_per_s=PROMPT_TOKENS / prefill_seconds(work, placement, rates, host, ubatch=settings.ubatch),
+        prefill_tokens_per_s=PROMPT_TOKENS / prefill_seconds(work, placement, rates, host, ubatch=ubatch),
         calibrated=bool(placement.order) and all(rates[gpu].source == "calibrated" for gpu in placement.order),
     )
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from planner.autofit import FIT_MARGIN_BYTES, Fit, auto_fit, contiguous, split_by_memory
+from planner.autofit import FIT_MARGIN_BYTES, Fit, auto_fit, split_by_memory
 from planner.contiguous import to_placement
 from planner.costs import layer_costs
 from planner.fit import Device, stock_fit, stock_groups
 from planner.hardware import Gpu, Rig
-from planner.placement import Placement, on_cpu
+from planner.placement import Placement, contiguous, on_cpu
 from planner.profile import ModelProfile
 from planner.request import PlanRequest
 from planner.settings import LoadSettings

@@ -25,7 +25,7 @@ import httpx
 from rich.console import Console, RenderableType
 from rich.progress import track
 
-from planner.hardware import Rig
+from planner.hardware import Rig, gpu_names
 from planner.plan import make_plan
 from planner.power import power_shares, raw_powers
 from planner.request import Era
@@ -48,7 +48,7 @@ from proxy.planjson import devices_json, launcher_arguments, plan_json
 from proxy.planning import plan_for
 from proxy.settings import CACHE_TYPES, Settings, load_settings
 from proxy.statefile import StateFile
-from proxy.tables import calibration_report, demo_report, devices_report, doctor_report, gib, gpu_names, plan_report
+from proxy.tables import calibration_report, demo_report, devices_report, doctor_report, gib, plan_report
 
 PIPE_WIDTH = 140
 """Columns of a table that goes into a file or a pipe; a terminal says its own."""

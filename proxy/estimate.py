@@ -12,9 +12,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from planner.autofit import contiguous
 from planner.memory import DeviceMemory, estimate_memory
-from planner.placement import Placement
+from planner.placement import Placement, contiguous
 from planner.profile import ModelProfile
 from planner.quantization import CACHE_TYPE_NAMES
 from planner.settings import LoadSettings

@@ -87,7 +87,7 @@ def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
     """How ``plan`` is told to an Ollama of ``era``; a client's ``main_gpu: 0`` goes out in any case.
 
     ``plan.chosen_by_options`` is what a stock Ollama can be told. Where nothing of that is better than stock, a split still
-    goes out as ``tensor_split``, for forks that know it; not one with a rest in RAM, which it cannot say.
+    goes out as ``tensor_split``, for forks that know it, where that can say it (``_tensor_split_says``).
     """
     how = "auto" if plan.request.boost is None else f"boost {plan.request.boost:g}"
     told = plan.chosen_by_options
@@ -103,10 +103,15 @@ def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
     if plan.chosen is plan.stock:
         return stock(f"{how}; {plan.reverted or 'nothing is faster'}", without=MAIN_GPU)
     label = placement_text(plan.chosen.placement, plan.rig)
-    if tensor_split and plan.chosen.placement.kind == "split":
+    if tensor_split and _tensor_split_says(plan.chosen.placement):
         shares = ",".join(str(share) for share in plan.chosen.placement.shares)
         return _delivery(f"{label}; {how}; by tensor_split, which stock Ollama ignores", {"tensor_split": shares})
     return stock(f"{how}; {label} takes the launcher", without=MAIN_GPU)
+
+
+def _tensor_split_says(placement: Placement) -> bool:
+    """Whether shares by index mean ``placement``: all on GPUs, in ascending order; so the output layer is on the last."""
+    return placement.kind == "split" and list(placement.order) == sorted(placement.order)
 
 
 def deliver_by_launcher(plan: Plan, *, spread: bool, tensor_split: bool) -> Delivery:

@@ -37,7 +37,7 @@ def plan_json(plan: Plan, delivery: Delivery) -> dict[str, Any]:
         },
         "plan": candidate_json(plan.chosen),
         "stock": candidate_json(plan.stock),
-        "alternatives": [candidate_json(candidate) for candidate in plan.alternatives],
+        "alternatives": [candidate_json(candidate) for candidate in plan.alternatives if candidate is not plan.chosen],
         "reasons": list(plan.reasons),
         "delivery": {"options": dict(delivery.options), "launcher": launcher_arguments(plan)},
     }
@@ -56,14 +56,19 @@ def model_json(profile: ModelProfile) -> dict[str, Any]:
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    """One placement; ``layers`` count the output layer with its GPU."""
+    """One placement; ``layers`` count the output layer with its GPU.
+
+    ``order``: the GPUs from the lowest layers to the highest; ``cpu_experts``: layers whose routed experts stay in RAM.
+    """
     placement = candidate.placement
     return {
         "label": candidate.label,
         "kind": placement.kind,
         "layers": list(placement.shares),
+        "order": list(placement.order),
         "output_gpu": placement.output_gpu,
         "cpu_layers": placement.cpu_layers,
+        "cpu_experts": sorted(placement.cpu_experts),
         "devices": [
             {
                 "weights_bytes": device.weights_bytes,

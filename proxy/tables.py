@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner.hardware import Gpu, Rig
+from planner.hardware import Rig, gpu_names
 from planner.memory import DeviceMemory
-from planner.placement import Placement
+from planner.placement import contiguous, in_words
 from planner.plan import Plan
 from planner.request import Candidate, Era
 from planner.speed import Calibration
@@ -39,24 +38,6 @@ def gib(size_bytes: int | None) -> str:
 def rate(tokens_per_s: float) -> str:
     """Tokens per second with three digits."""
     return f"{tokens_per_s:.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.1f}"
-
-
-def gpu_names(gpus: Sequence[Gpu]) -> tuple[str, ...]:
-    """Short names: the maker's prefixes left out, equal cards told apart by their index."""
-    short = [gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ") for gpu in gpus]
-    count = Counter(short)
-    return tuple(name if count[name] == 1 else f"{name} #{index}" for index, name in enumerate(short))
-
-
-def placement_text(placement: Placement, names: Sequence[str]) -> str:
-    """``RTX 5090 alone``, ``RTX 3090 25 + RTX 5090 56``, ``CPU 12 + …``: layers, the output layer counted with its GPU."""
-    if placement.kind == "solo":
-        return f"{names[placement.order[0]]} alone"
-    on_cpu = placement.cpu_layers + (placement.output_gpu is None)
-    runs = [f"CPU {on_cpu}"] if on_cpu else []
-    runs += [f"{names[gpu]} {placement.shares[gpu]}" for gpu in placement.order]
-    experts = f", experts of {len(placement.cpu_experts)} layers in RAM" if placement.cpu_experts else ""
-    return " + ".join(runs) + experts
 
 
 def new_table(*columns: str, title: str | None = None, right: Iterable[str] = ()) -> Table:
@@ -154,7 +135,7 @@ def plan_report(plan: Plan, *, delivery: Delivery, launcher: Sequence[str], head
     parts: list[RenderableType] = [
         _model_line(plan, header_only),
         Text(),
-        Text.assemble(("Plan: ", "bold"), (placement_text(plan.chosen.placement, names), "bold green"), f"  ({verdict})"),
+        Text.assemble(("Plan: ", "bold"), (in_words(plan.chosen.placement, names), "bold green"), f"  ({verdict})"),
         Text(),
         _bytes_table(plan.chosen, plan.rig, names),
         *_ram_warning(plan.chosen, plan.rig),
@@ -219,16 +200,12 @@ def demo_report(outcomes: Sequence[Outcome], names: Sequence[str], *, ollama: st
                 f"{outcome.case.model}: the options of a request cannot ask this Ollama for {planned}, "
                 f"predicted at {rate(outcome.planned.tokens_per_s)} tok/s."
             )
-    legend = "38 + 27: layers on each card, the output layer counted. tok/s: the speed of the answer."
+    legend = "38 on 5090: layers, the output layer counted. tok/s: the speed of the answer."
     return Group(table, Text(legend, style="dim"), *map(Text, notes))
 
 
 def _run_text(run: Run, n_layers: int, names: Sequence[str]) -> str:
-    holders = [f"{name} {count}" for name, count in zip(names, run.layers, strict=True) if count]
-    on_cpu = n_layers - sum(run.layers)
-    if len(holders) == 1 and not on_cpu:
-        return f"{holders[0].rpartition(' ')[0]} alone"
-    return " + ".join([f"CPU {on_cpu}"] * bool(on_cpu) + holders)
+    return in_words(contiguous(run.layers, n_layers - 1), names)
 
 
 def _model_line(plan: Plan, header_only: bool) -> RenderableType:
@@ -317,7 +294,7 @@ def _candidates(title: str, rows: Sequence[tuple[str, Candidate]], names: Sequen
         ]
         table.add_row(
             *[label] * labelled,
-            placement_text(candidate.placement, names) + ("" if candidate.fits else " (does not fit)"),
+            in_words(candidate.placement, names) + ("" if candidate.fits else " (does not fit)"),
             rate(candidate.decode_tokens_per_s),
             rate(candidate.prefill_tokens_per_s),
             f"{max(fills, default=0):.0%}",

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from planner.autofit import contiguous, split_by_memory
+from planner.autofit import split_by_memory
 from planner.hardware import Rig
 from planner.memory import DeviceMemory, MemoryEstimate, estimate_memory
-from planner.placement import Placement
+from planner.placement import Placement, contiguous
 from planner.profile import ModelProfile
 from planner.request import RUNTIME_BYTES, Era, PlanRequest
 from planner.settings import LoadSettings

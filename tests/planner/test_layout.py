@@ -152,7 +152,7 @@ def test_an_output_layer_that_the_bisection_put_elsewhere_comes_back_to_the_stro
 
 def test_two_cards_of_one_name_are_told_apart():
     twins = (replace(RTX_3090, uuid="GPU-a"), replace(RTX_3090, uuid="GPU-b"))
-    assert "all 33.5 GiB fit on RTX 3090 (GPU 0) + RTX 3090 (GPU 1)" in create_layout(model_of(36 * GB), twins, boost=1.5).reasons
+    assert "all 33.5 GiB fit on RTX 3090 #0 + RTX 3090 #1" in create_layout(model_of(36 * GB), twins, boost=1.5).reasons
 
 
 def test_costs_of_a_profile_are_weights_and_cache_with_experts_as_ffn():

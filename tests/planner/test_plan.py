@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.choice import NEVER_WORSE_GAIN, TIE
 from planner.hardware import Rig
 from planner.memory import estimate_memory
 from planner.placement import Placement
 from planner.plan import Plan, make_plan
 from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
-from planner.search import NEVER_WORSE_GAIN, TIE
 from planner.speed import Calibration
 from tests.planner import models
 from tests.planner.models import gpu, rig, rtx3090, rtx5090
@@ -133,7 +133,7 @@ def test_a_32b_that_stock_splits_runs_on_the_fast_card_alone() -> None:
     assert plan.stock.placement.kind == "split"
     assert plan.chosen.placement.order == (0,)
     assert plan.chosen_by_options is plan.chosen
-    assert any("chosen: everything on RTX 4090" in reason and "predicted, not calibrated" in reason for reason in plan.reasons)
+    assert any("chosen: RTX 4090 alone" in reason and "predicted, not calibrated" in reason for reason in plan.reasons)
 
 
 def test_a_model_that_stock_puts_on_the_slow_card_goes_to_the_fast_one() -> None:

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from planner.choice import NEVER_WORSE_GAIN, choose, ranked, score
+from planner.cuts import EXACT_GPUS
 from planner.hardware import Rig
 from planner.memory import estimate_memory
 from planner.placement import Placement
 from planner.plan import make_plan
 from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
-from planner.search import EXACT_GPUS, NEVER_WORSE_GAIN, Search, choose, ranked, score
+from planner.search import Search
 from planner.settings import LoadSettings
 from planner.speed import HOP_SECONDS, LAYER_SECONDS
 from tests.planner import models

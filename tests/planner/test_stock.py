@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from planner.autofit import FIT_MARGIN_BYTES, Fit, auto_fit, contiguous, split_by_memory
+from planner.autofit import FIT_MARGIN_BYTES, Fit, auto_fit, split_by_memory
 from planner.hardware import Host
+from planner.placement import contiguous
 from planner.plan import make_plan
 from planner.request import PlanRequest
 from planner.settings import LoadSettings

@@ -20,6 +20,7 @@ PROFILE = ModelProfile(
 )
 FAST, SLOW = solo(0, n_gpus=2, n_layers=N), solo(1, n_gpus=2, n_layers=N)
 SPLIT = Placement(layers=(7, 3), order=(1, 0), output_gpu=0)
+ASCENDING = Placement(layers=(7, 3), order=(0, 1), output_gpu=1)
 PARTIAL = Placement(layers=(4, 3), order=(0, 1), output_gpu=1, cpu_layers=3)
 
 
@@ -65,13 +66,18 @@ def test_nothing_is_put_in_where_stock_is_as_good():
 
 
 def test_a_split_goes_out_as_tensor_split_alone_unless_that_is_off():
-    assert told(SPLIT, FAST) == (
-        "split CUDA0=8,CUDA1=3; auto; by tensor_split, which stock Ollama ignores",
-        {"tensor_split": "8,3"},
+    assert told(ASCENDING, FAST) == (
+        "split CUDA0=7,CUDA1=4; auto; by tensor_split, which stock Ollama ignores",
+        {"tensor_split": "7,4"},
     )
     assert told(PARTIAL, FAST) == ("stock; auto; partial CUDA0=4,CUDA1=4 takes the launcher", {})
-    text, options = told(SPLIT, FAST, tensor_split=False)
-    assert (text, options) == ("stock; auto; split CUDA0=8,CUDA1=3 takes the launcher", {})
+    text, options = told(ASCENDING, FAST, tensor_split=False)
+    assert (text, options) == ("stock; auto; split CUDA0=7,CUDA1=4 takes the launcher", {})
+
+
+def test_shares_by_index_would_put_the_output_layer_of_another_order_on_the_wrong_card():
+    # shows: the plan has its lowest layers on CUDA1 and the output layer on CUDA0, a fork would do the reverse
+    assert told(SPLIT, FAST) == ("stock; auto; split CUDA0=8,CUDA1=3 takes the launcher", {})
 
 
 def test_the_older_era_knows_num_gpu_alone():

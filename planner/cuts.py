@@ -1,0 +1,132 @@
+"""Where to cut the layers of a model for GPUs in a row, so that a token takes the least time: dynamic programming.
+
+llama.cpp gives each device one run of layers. In a given order of devices, what a run costs is linear in the bytes that it reads,
+and only the memory of its device limits it. The devices are gone through from the last (which has the output layer) to the
+first; what is known of those behind is the best time for each layer at which they begin. Where the first device has to take all
+that is left, the device after it takes either all it can or as little as it must: nothing between can be faster.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from math import inf
+from typing import Literal
+
+from planner.speed import HOP_SECONDS
+
+EXACT_GPUS = 3
+"""GPUs up to which every order and every cut is looked at: more would take longer than a plan may."""
+
+SLACK_LAYERS = 2
+"""Layers by which a device may stay below its limit, where not every cut is looked at."""
+
+Role = Literal["first", "middle", "last"]
+ROLES: tuple[Role, ...] = ("first", "middle", "last")
+"""A device's place in the order, which its compute buffer hangs on: hidden states come in, pass through, or become logits."""
+
+
+def role(position: int, count: int) -> Role:
+    """The role of the device at ``position`` of ``count``; a device alone is the last."""
+    return "last" if position == count - 1 else "first" if position == 0 else "middle"
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """``counts``: ``(gpu, layers)`` of each device, lowest layers first; the last has the output layer. ``seconds`` a token."""
+
+    seconds: float
+    counts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What is to be cut. ``held`` and ``read`` are prefix sums over the layers, in bytes.
+
+    ``inverse`` is in seconds per byte, ``rooms`` in bytes without the compute buffer, both by GPU. ``host_inverse``: seconds per
+    byte of RAM, where the lowest layers may stay there, else ``None``.
+    """
+
+    held: Sequence[float]
+    read: Sequence[float]
+    inverse: Mapping[int, float]
+    rooms: Mapping[int, int]
+    buffers: Mapping[tuple[int, Role], int]
+    output_held: int
+    output_read: int
+    host_inverse: float | None
+
+    def solve(self) -> Split | None:
+        """The fastest split over every order that is looked at; ``None`` where nothing fits. Equal: the lower GPUs first."""
+        best: Split | None = None
+        for order in self._orders():
+            split = self._best(order, best.seconds if best else inf)
+            if split and (best is None or (split.seconds, split.counts) < (best.seconds, best.counts)):
+                best = split
+        return best
+
+    @property
+    def _exact(self) -> bool:
+        return len(self.rooms) <= EXACT_GPUS
+
+    def _orders(self) -> Iterator[tuple[int, ...]]:
+        ranked = sorted(self.rooms, key=lambda gpu: (-self.inverse[gpu], self.rooms[gpu], -gpu))
+        if self._exact:
+            yield from permutations(ranked)
+        else:
+            for gpu in reversed(ranked):
+                yield (*(other for other in ranked if other != gpu), gpu)
+
+    def _room(self, order: Sequence[int], position: int) -> int:
+        gpu, place = order[position], role(position, len(order))
+        return self.rooms[gpu] - self.buffers[gpu, place] - (self.output_held if place == "last" else 0)
+
+    def _best(self, order: tuple[int, ...], bound: float) -> Split | None:
+        """The fastest cuts for ``order``, if they take no more than ``bound`` seconds.
+
+        ``states``: seconds and layers of the devices behind, by the layer where they begin.
+        """
+        held, read, last = self.held, self.read, len(order) - 1
+        rooms = [self._room(order, position) for position in range(len(order))]
+        if rooms[last] < 0:
+            return None
+        states: dict[int, tuple[float, tuple[int, ...]]] = {len(held) - 1: (0.0, ())}
+        for position in range(last, -1, -1):
+            inverse, room = self.inverse[order[position]], rooms[position]
+            output = self.output_read * inverse if position == last else 0.0
+            hop = HOP_SECONDS if position < last else 0.0
+            under = bisect_right(held, rooms[0]) - 1 if position == 1 and self.host_inverse is None else None
+            quickest = min(*(self.inverse[gpu] for gpu in order[: position + 1]), self.host_inverse or inf)
+            following: dict[int, tuple[float, tuple[int, ...]]] = {}
+            for end, (seconds, counts) in states.items():
+                if seconds + read[end] * quickest > bound:
+                    continue
+                lowest = bisect_left(held, held[end] - room, 0, end) if room > 0 else end
+                for start in self._starts(lowest, end, position, inverse, under):
+                    cost = seconds + output + (read[end] - read[start]) * inverse + (hop if start < end else 0.0)
+                    known = following.get(start)
+                    if known is None or cost < known[0]:
+                        following[start] = (cost, (end - start, *counts))
+            states = following
+        ends = ((seconds + self._rest(start), start, counts) for start, (seconds, counts) in states.items())
+        best = min((end for end in ends if not end[1] or self.host_inverse is not None), default=None)
+        return Split(best[0], tuple(zip(order, best[2], strict=True))) if best else None
+
+    def _starts(self, lowest: int, end: int, position: int, inverse: float, under: int | None) -> Iterable[int]:
+        """Where the run that ends at ``end`` may begin, from ``lowest`` on; ``under``: the layers that the first can hold."""
+        if position == 0:
+            if self.host_inverse is None:
+                return () if lowest else (0,)
+            if inverse < self.host_inverse:
+                return (lowest, end) if lowest < end else (end,)
+        if under is not None:
+            highest = min(max(under, 0), end)
+            return (lowest, highest) if lowest < highest else (highest,) if lowest == highest else ()
+        if self._exact:
+            return range(lowest, end + 1)
+        return (*range(lowest, min(lowest + SLACK_LAYERS, end - 1) + 1), end)
+
+    def _rest(self, start: int) -> float:
+        return self.read[start] * (self.host_inverse or 0.0) + (HOP_SECONDS if start else 0.0)
