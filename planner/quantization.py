@@ -68,6 +68,8 @@ _TYPES = (
     GgmlType(35, "TQ2_0", 256, 66),
     GgmlType(39, "MXFP4", 32, 17),
     GgmlType(40, "NVFP4", 64, 36),
+    GgmlType(41, "Q1_0", 128, 18),
+    GgmlType(42, "Q2_0", 64, 18),
 )
 
 BY_NUMBER = {t.number: t for t in _TYPES}
