@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ import httpx
 from planner.hardware import Gpu, Rig
 from planner.units import GIB
 from proxy.address import Address
-from proxy.errors import GpuError
+from proxy.errors import GpuError, LauncherError
 from proxy.gpus import GpuSource
 from proxy.gpus.order import DeviceOrder
+from proxy.installation import SAYINGS, Installation, find_library, inspect
 from proxy.options import era_of
 from proxy.settings import Settings
 
@@ -59,6 +61,7 @@ class Sight:
     listener: Literal["lopsided", "another program", "nobody"] = "nobody"
     rig: Rig | None = None
     gpu_problem: str = ""
+    launcher: Installation | None = None
 
 
 async def look(settings: Settings, order: DeviceOrder, source: GpuSource) -> Sight:
@@ -81,12 +84,14 @@ async def look(settings: Settings, order: DeviceOrder, source: GpuSource) -> Sig
         facts["rig"] = source.rig()
     except GpuError as error:
         facts["gpu_problem"] = str(error)
+    with suppress(LauncherError, OSError):  # Ollama may be elsewhere, or another user's
+        facts["launcher"] = inspect(find_library())
     return Sight(settings=settings, order=order, **facts)
 
 
 def judge(sight: Sight) -> tuple[Finding, ...]:
     """The findings, in the order of the way that a request takes: client, proxy, Ollama, GPUs."""
-    return (*_proxy(sight), *_upstream(sight), *_environment(sight), *_gpus(sight))
+    return (*_proxy(sight), *_upstream(sight), *_launcher(sight), *_environment(sight), *_gpus(sight))
 
 
 def _proxy(sight: Sight) -> Iterator[Finding]:
@@ -125,6 +130,24 @@ def _upstream(sight: Sight) -> Iterator[Finding]:
         yield Finding(level="warn", subject="Ollama", text=f"version {sight.version} at {url}{models}, runner era", advice=advice)
     else:
         yield Finding(level="ok", subject="Ollama", text=f"version {sight.version} at {url}{models}, llama-server era")
+
+
+def _launcher(sight: Sight) -> Iterator[Finding]:
+    found = sight.launcher
+    if found is None or found.state == "none":
+        return
+    again = "lopsided launcher install"
+    if found.state == "absent":
+        advice = f"With it models are split exactly as planned, on every endpoint: {again}"
+        yield Finding(level="ok", subject="launcher", text="not installed: plans go out as request options", advice=advice)
+    elif found.state == "installed":
+        text = f"in {found.library}" if found.current else f"in {found.library}, another version's"
+        yield Finding(
+            level="ok" if found.current else "warn", subject="launcher", text=text, advice="" if found.current else again
+        )
+    else:
+        text = f"{SAYINGS[found.state]} ({found.library}); plans go out as request options"
+        yield Finding(level="warn", subject="launcher", text=text, advice=again)
 
 
 def _environment(sight: Sight) -> Iterator[Finding]:

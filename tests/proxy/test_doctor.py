@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from proxy.doctor import Sight, judge, look
 from proxy.errors import GpuError
 from proxy.gpus.order import DeviceOrder
 from proxy.gpus.static import StaticSource
+from proxy.installation import Installation
 from proxy.settings import Settings, load_settings
 from tests.servers import free_port, serve
 
@@ -166,3 +168,24 @@ def test_one_gpu_leaves_nothing_to_choose_and_equal_ones_little():
     only = Gpu(uuid="a", name="RTX 5090", total_bytes=2**35, free_bytes=2**34)
     assert found(sight(rig=Rig(gpus=(only,))), "GPUs")[0] == "warn"
     assert "alike" in found(sight(rig=Rig(gpus=(only, replace(only, uuid="b")))), "GPUs")[1]
+
+
+@pytest.mark.parametrize(
+    ("state", "current", "level", "says"),
+    [
+        ("absent", False, "ok", "not installed"),
+        ("installed", True, "ok", "in /lib"),
+        ("installed", False, "warn", "another version's"),
+        ("replaced", False, "warn", "an update of Ollama has put its own llama-server back"),
+        ("interrupted", False, "warn", "half installed"),
+        ("lost", False, "warn", "no model loads"),
+    ],
+)
+def test_a_launcher_that_an_update_took_away_is_noticed(state, current, level, says):
+    """What ``lopsided launcher status`` knows, with what to do; nothing where Ollama's library has no llama-server."""
+    launcher = Installation(library=Path("/lib"), state=state, current=current)
+    (found,) = [finding for finding in judge(sight(launcher=launcher)) if finding.subject == "launcher"]
+    assert (found.level, bool(found.advice)) == (level, not current)
+    assert says in found.text
+    none = replace(launcher, state="none")
+    assert not [finding for finding in judge(sight(launcher=none)) if finding.subject == "launcher"]
