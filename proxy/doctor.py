@@ -141,10 +141,10 @@ def _launcher(sight: Sight) -> Iterator[Finding]:
         advice = f"With it models are split exactly as planned, on every endpoint: {again}"
         yield Finding(level="ok", subject="launcher", text="not installed: plans go out as request options", advice=advice)
     elif found.state == "installed":
-        text = f"in {found.library}" if found.current else f"in {found.library}, another version's"
-        yield Finding(
-            level="ok" if found.current else "warn", subject="launcher", text=text, advice="" if found.current else again
-        )
+        if found.current:
+            yield Finding(level="ok", subject="launcher", text=f"in {found.library}")
+        else:
+            yield Finding(level="warn", subject="launcher", text=f"in {found.library}, another version's", advice=again)
     else:
         text = f"{SAYINGS[found.state]} ({found.library}); plans go out as request options"
         yield Finding(level="warn", subject="launcher", text=text, advice=again)
