@@ -1,8 +1,9 @@
-"""Who may use lopsided's own endpoints: local names and origins, as Ollama has it, or whoever has the token.
+"""Who may ask: local names and origins, as Ollama has it, or whoever has the token.
 
-A page from somewhere else that a browser on this machine shows must not reach them, neither by its origin nor by a name
+A page from somewhere else that a browser on this machine shows must not reach anything, neither by its origin nor by a name
 that it made point here (DNS rebinding). The rules are Ollama's (``allowedHostsMiddleware`` in ``server/routes.go``,
-``AllowedOrigins`` in ``envconfig/config.go``).
+``AllowedOrigins`` in ``envconfig/config.go``). What belongs to Ollama is refused by Ollama itself, as long as it sees what the
+client sent; here only what it would not see.
 """
 
 from __future__ import annotations
@@ -12,6 +13,19 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable
+
+from proxy.asgi import Headers, Scope
+from proxy.replies import Reply, error_reply
+from proxy.settings import Settings
+
+HEALTH_PATH = "/lopsided/health"
+"""What a container's health check asks, over loopback; it has no token."""
+
+LAUNCH_PATH = "/lopsided/launch"
+"""Where the launcher asks; docs/launcher.md says how."""
+
+READING = frozenset({"GET", "HEAD"})
+"""Methods that change nothing."""
 
 LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 LOCAL_ORIGINS = tuple(
@@ -59,3 +73,79 @@ def has_token(authorization: bytes | None, token: str | None) -> bool:
     if token is None or authorization is None or authorization[:7].lower() != b"bearer ":
         return False
     return hmac.compare_digest(authorization[7:].strip(), token.encode())
+
+
+def lacks_token(scope: Scope, settings: Settings, *, trusted: bool) -> Reply | None:
+    """The refusal where every request needs the token (``LOPSIDED_REQUIRE_TOKEN``) and this one has none.
+
+    Two are let through: a browser's preflight, which can't bear one and only learns which headers it may send, and the health
+    check over loopback.
+    """
+    if trusted or not settings.require_token:
+        return None
+    names = {name for name, _ in scope["headers"]}
+    if scope["method"] == "OPTIONS" and b"access-control-request-method" in names:
+        return None
+    if scope["path"] == HEALTH_PATH and scope["method"] in READING and _from_here(scope):
+        return None
+    return error_reply(401, "this server wants a token: Authorization: Bearer LOPSIDED_TOKEN (an API key, to most clients)")
+
+
+def bears_token(headers: Headers, settings: Settings) -> bool:
+    """Whether a request has one ``Authorization``, and that the token: what ``trusted`` means below."""
+    given = [value for name, value in headers if name == b"authorization"]
+    return len(given) == 1 and has_token(given[0], settings.bearer)
+
+
+def refuses_own(scope: Scope, settings: Settings, *, trusted: bool) -> Reply | None:
+    """The refusal of a request to one of lopsided's own endpoints, ``None`` where it may be answered."""
+    if trusted:
+        return None
+    if scope["path"] == LAUNCH_PATH and not _from_here(scope):
+        return error_reply(403, "a launcher on another machine or in another container needs LOPSIDED_TOKEN")
+    if scope["method"] not in READING and not _from_here(scope):
+        return error_reply(403, "what changes anything needs LOPSIDED_TOKEN from other machines")
+    host, origin = _host(scope), _origin(scope)
+    if not is_local_host(host):
+        return error_reply(403, f"the host {host!r} is not this machine; other hosts need LOPSIDED_TOKEN")
+    if origin and not is_local_origin(origin, settings.origins):
+        return error_reply(403, "pages from other origins need LOPSIDED_TOKEN, or an entry in OLLAMA_ORIGINS")
+    return None
+
+
+def is_foreign(scope: Scope, settings: Settings, *, trusted: bool) -> bool:
+    """Whether a request for Ollama is one that Ollama on loopback refuses: it may go on to it, and has no effect here."""
+    if trusted:
+        return False
+    host, origin = _host(scope), _origin(scope)
+    if origin and origin not in (f"http://{host}", f"https://{host}") and not is_local_origin(origin, settings.origins):
+        return True
+    return settings.host.is_loopback() and not is_local_host(host)
+
+
+def refuses_host(scope: Scope, settings: Settings, *, trusted: bool) -> Reply | None:
+    """Ollama's own refusal of a foreign ``Host``, where the one behind the proxy would not see it, or is not on loopback.
+
+    A proxy on loopback stands for an Ollama on loopback, wherever that really is (recording 52).
+    """
+    if trusted or not settings.host.is_loopback() or settings.upstream.is_loopback():
+        return None
+    return None if is_local_host(_host(scope)) else Reply(status=403, body=b"")
+
+
+def without_token(headers: Headers) -> Headers:
+    """The headers of a request that bears the token, less that: it is nobody's business but lopsided's."""
+    return [(name, value) for name, value in headers if name != b"authorization"]
+
+
+def _from_here(scope: Scope) -> bool:
+    client = scope.get("client")
+    return client is not None and is_loopback(client[0])
+
+
+def _host(scope: Scope) -> str:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
+
+
+def _origin(scope: Scope) -> str:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"), "")

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from planner.plan import make_plan
-from proxy.access import has_token, is_local_host, is_local_origin, is_loopback
+from proxy.access import LAUNCH_PATH, bears_token, is_foreign, lacks_token, refuses_host, refuses_own, without_token
 from proxy.asgi import Application, Receive, Scope, Send
 from proxy.calibration import Calibrator, LearnedPlanner
 from proxy.catalog import Catalog, full_name
@@ -39,20 +39,20 @@ from proxy.outgoing import as_it_is, outgoing
 from proxy.placement import Placements, Planner
 from proxy.planjson import devices_json, plan_json
 from proxy.renaming import LIST_BYTES, Held, Renamed, shown_list
-from proxy.replies import Reply, error_reply, send_reply
+from proxy.replies import error_reply, send_reply
 from proxy.settings import Settings
 from proxy.statefile import StateFile
 
 OWN_PATH = "/lopsided"
 """Everything under it is lopsided's, everything else Ollama's."""
 
-LAUNCH_PATH = OWN_PATH + "/launch"
-"""Where the launcher asks; docs/launcher.md says how."""
-
 BODY_LIMIT_BYTES = 256 * 2**20
 """Largest body that is read to learn which model it loads; a larger one passes as it is."""
 
 PLAN_HEADER = b"x-lopsided-plan"
+
+CHALLENGE = ((b"www-authenticate", b"Bearer"),)
+"""What comes with a 401 (RFC 9110, 11.6.1)."""
 
 log = logging.getLogger("lopsided")
 
@@ -82,17 +82,36 @@ class Proxy:
         if scope["type"] != "http":
             await self._own(scope, receive, send)
             return
+        try:
+            await self._http(scope, receive, send)
+        except asyncio.CancelledError:
+            log.info("an answer is cut off: the time to drain is over")  # uvicorn closes the connection, and ends
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
-        if path == OWN_PATH or path.startswith(OWN_PATH + "/"):
-            refusal = self._refusal(scope)
-            await (send_reply(refusal, send) if refusal else self._own(scope, receive, send))
+        is_own = path == OWN_PATH or path.startswith(OWN_PATH + "/")
+        settings = self.settings
+        trusted = bears_token(scope["headers"], settings)
+        refuses = refuses_own if is_own else refuses_host
+        refusal = lacks_token(scope, settings, trusted=trusted) or refuses(scope, settings, trusted=trusted)
+        if refusal is not None:
+            await send_reply(refusal, send, extra_headers=CHALLENGE if refusal.status == 401 else ())
             return
+        if is_own:
+            await self._own(scope, receive, send)
+            return
+        foreign = is_foreign(scope, settings, trusted=trusted)
+        if trusted:
+            scope["headers"] = without_token(scope["headers"])
         async with ClientRequest(scope, receive) as request:
             if any(name == b"via" and VIA in value for name, value in request.headers):
                 request.finish()
                 await send_reply(
                     error_reply(508, f"{self.settings.upstream.url} leads back to lopsided; set LOPSIDED_UPSTREAM"), send
                 )
+                return
+            if foreign:  # Ollama refuses it, or knows better: nothing is planned for it, learned from it or made
+                await self.forwarder.pass_through(request, send)
                 return
             kind = kind_of(request.method, path)
             if kind in ("load", "v1") and request.header(b"content-encoding") is None:
@@ -181,20 +200,6 @@ class Proxy:
         finally:
             self.calibrator.end(watch)
             self.placements.done(decision, loaded=answered)
-
-    def _refusal(self, scope: Scope) -> Reply | None:
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        if b"authorization" in headers and has_token(headers[b"authorization"], self.settings.bearer):
-            return None
-        client = scope.get("client")
-        if scope["path"] == LAUNCH_PATH and not (client and is_loopback(client[0])):
-            return error_reply(403, "a launcher on another machine or in another container needs LOPSIDED_TOKEN")
-        host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
-        if not is_local_host(host):
-            return error_reply(403, f"the host {host!r} is not this machine; other hosts need LOPSIDED_TOKEN")
-        if origin is not None and not is_local_origin(origin.decode("latin-1"), self.settings.origins):
-            return error_reply(403, "pages from other origins need LOPSIDED_TOKEN, or an entry in OLLAMA_ORIGINS")
-        return None
 
 
 def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner = make_plan) -> Proxy:

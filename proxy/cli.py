@@ -117,7 +117,9 @@ def serve(host: str | None, upstream: str | None) -> None:
     for line in _gpu_lines(seen):
         click.echo(line)
     _log_to_stderr()
-    server = uvicorn.Server(uvicorn.Config(create_app(settings, source=source), **uvicorn_options(), log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings, source=source), **uvicorn_options(settings.drain_s), log_level="warning")
+    )
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:

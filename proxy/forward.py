@@ -191,7 +191,7 @@ class Forwarder:
         except httpx.ConnectError as error:
             return self._unreachable(f"cannot be reached: {error}")
         except httpx.TransportError as error:
-            log.warning("%s broke off before it answered %s %s: %s", self.upstream.url, request.method, request.path, error)
+            log.warning("%s broke off before it answered a %s: %s", self.upstream.url, request.method, error)
             return error_reply(
                 502,
                 f"Ollama at {self.upstream.url} broke off before it answered: {error}. "
@@ -230,7 +230,7 @@ class Forwarder:
             await send({"type": "http.response.body", "body": b""})
         except httpx.TransportError as error:
             # Returning without the last message makes the server close the connection: a broken stream stays a broken one.
-            log.warning("%s broke off in the middle of an answer to %s: %s", self.upstream.url, request.path, error)
+            log.warning("%s broke off in the middle of an answer to a %s: %s", self.upstream.url, request.method, error)
         finally:
             await response.aclose()
 

@@ -145,7 +145,7 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchRequest:
             outputs=None if _EMBEDDING & set(arguments) else parallel,
         )
     except ValueError as error:
-        raise ModelError(f"{values['model']}: {error}") from error
+        raise ModelError(f"{PurePosixPath(values['model']).name}: {error}") from error
     single = values.get("split_mode") == "none"
     return LaunchRequest(
         model_path=values["model"],

@@ -12,7 +12,7 @@ from proxy.asgi import Send
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """A whole JSON answer."""
+    """A whole JSON answer, or an empty one."""
 
     status: int
     body: bytes
@@ -30,10 +30,8 @@ def error_reply(status: int, message: str) -> Reply:
 
 async def send_reply(reply: Reply, send: Send, *, extra_headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
     """Sends it as the answer."""
-    headers = [
-        (b"content-type", b"application/json; charset=utf-8"),
-        (b"content-length", str(len(reply.body)).encode()),
-        *extra_headers,
-    ]
+    headers = [(b"content-length", str(len(reply.body)).encode()), *extra_headers]
+    if reply.body:
+        headers.insert(0, (b"content-type", b"application/json; charset=utf-8"))
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": reply.body})

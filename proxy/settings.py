@@ -110,6 +110,13 @@ def _count(value: Any) -> Any:
     return int(text) or None  # 0 means "not set" to Ollama in each of these
 
 
+def _seconds(value: Any) -> Any:
+    text = str(value)
+    if isinstance(value, bool) or not (text.isascii() and text.isdecimal()) or int(text) > 86400:
+        raise ValueError("whole seconds, from 0 to 86400")
+    return int(text)
+
+
 def _cache_type(value: Any) -> Any:
     if (name := str(value).lower()) not in CACHE_TYPES:
         raise ValueError("one of " + ", ".join(CACHE_TYPES))
@@ -204,6 +211,10 @@ class Settings(BaseSettings):
     """Opens lopsided's own endpoints to other machines."""
     token_file: Annotated[Path | None, BeforeValidator(_path)] = Field(None, validation_alias="LOPSIDED_TOKEN_FILE")
     """Where the token stands, if ``token`` is not set: in a container, what docker/entrypoint of Ollama's wrote."""
+    require_token: Switch = Field(False, validation_alias="LOPSIDED_REQUIRE_TOKEN")
+    """Every request needs the token, those for Ollama too."""
+    drain_s: Annotated[int, BeforeValidator(_seconds)] = Field(30, validation_alias="LOPSIDED_DRAIN")
+    """After SIGTERM, how many seconds answers that are under way may take to end."""
     state: Annotated[Path | None, BeforeValidator(_folder)] = Field(
         default_factory=_state_folder, validation_alias="LOPSIDED_STATE"
     )
@@ -273,6 +284,8 @@ def load_settings(**overrides: Any) -> Settings:
         raise SettingsError(_explain(error, overrides, file)) from None
     except (ValueError, OSError) as error:  # tomllib.TOMLDecodeError says line and column
         raise SettingsError(f"{file}: {error}") from None
+    if settings.require_token and settings.token is None and settings.token_file is None:
+        raise SettingsError("LOPSIDED_REQUIRE_TOKEN is on, and there is no token: set LOPSIDED_TOKEN or LOPSIDED_TOKEN_FILE")
     if settings.upstream == settings.host.connectable():
         raise SettingsError(
             f"the proxy would listen on {settings.host.authority}, which is also the Ollama that it should ask: "

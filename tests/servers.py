@@ -16,8 +16,8 @@ START_S = 10.0
 
 
 @contextmanager
-def serve(app: Any, *, server_header: bool = False, date_header: bool = True, **config: Any) -> Iterator[str]:
-    """Serves ``app`` in a thread of its own and yields its base URL (``http://127.0.0.1:PORT``).
+def serve(app: Any, *, port: int = 0, server_header: bool = False, date_header: bool = True, **config: Any) -> Iterator[str]:
+    """Serves ``app`` in a thread of its own and yields its base URL (``http://127.0.0.1:PORT``, a free one unless named).
 
     The listening socket is bound before the thread starts, so no request is ever refused. On the way out open requests
     get one second, then are cut; the thread has ended when the block is left. Further keywords go to ``uvicorn.Config``.
@@ -25,7 +25,8 @@ def serve(app: Any, *, server_header: bool = False, date_header: bool = True, **
     config.setdefault("lifespan", "auto")
     config.setdefault("timeout_graceful_shutdown", 1)
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
     listener.listen(128)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="error", server_header=server_header, date_header=date_header, **config)

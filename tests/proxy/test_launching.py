@@ -14,8 +14,7 @@ import pytest
 
 from planner.placement import Placement, solo
 from planner.request import MARGIN_BYTES
-from proxy import app
-from proxy.access import is_loopback
+from proxy.access import LAUNCH_PATH, bears_token, is_loopback, refuses_own
 from proxy.gpus.static import StaticSource
 from proxy.launch import BODY_LIMIT_BYTES
 from proxy.launching import ANSWER_S
@@ -202,7 +201,7 @@ def test_a_plan_that_takes_long_is_stock_now_and_kept_for_the_next_launch(tmp_pa
     ids=range(5),
 )
 def test_garbage_is_no_error(machine, body):
-    assert httpx.post(machine.url + app.LAUNCH_PATH, content=body, timeout=10).status_code == 204
+    assert httpx.post(machine.url + LAUNCH_PATH, content=body, timeout=10).status_code == 204
 
 
 def test_a_planner_that_breaks_is_no_error(tmp_path):
@@ -256,16 +255,16 @@ def test_free_memory_is_as_the_cards_have_it_at_the_launch(machine):
 
 def test_a_launcher_elsewhere_needs_the_token_and_a_right_host_is_not_enough():
     settings = load_settings(host="127.0.0.1:11435", upstream="http://127.0.0.1:1", token="s3cret")
-    proxy = app.create_app(settings, source=None)
 
     def refused(path: str, client: tuple[str, int] | None, *headers: tuple[bytes, bytes]) -> bool:
-        scope = {"path": path, "client": client, "headers": [(b"host", b"localhost"), *headers]}
-        return proxy._refusal(scope) is not None
+        given = [(b"host", b"localhost"), *headers]
+        scope = {"path": path, "method": "POST" if path == LAUNCH_PATH else "GET", "client": client, "headers": given}
+        return refuses_own(scope, settings, trusted=bears_token(given, settings)) is not None
 
     elsewhere = ("172.17.0.1", 4000)
-    assert refused(app.LAUNCH_PATH, elsewhere)
-    assert refused(app.LAUNCH_PATH, None)
-    assert refused(app.LAUNCH_PATH, elsewhere, (b"authorization", b"Bearer wrong"))
-    assert not refused(app.LAUNCH_PATH, elsewhere, (b"authorization", b"Bearer s3cret"))
-    assert not refused(app.LAUNCH_PATH, ("127.0.0.1", 4000))
+    assert refused(LAUNCH_PATH, elsewhere)
+    assert refused(LAUNCH_PATH, None)
+    assert refused(LAUNCH_PATH, elsewhere, (b"authorization", b"Bearer wrong"))
+    assert not refused(LAUNCH_PATH, elsewhere, (b"authorization", b"Bearer s3cret"))
+    assert not refused(LAUNCH_PATH, ("127.0.0.1", 4000))
     assert not refused("/lopsided/health", elsewhere)
