@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
 	--python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help setup demo test test-engine soak lint format types wheel bench-gpu readme lock clean
+.PHONY: help setup demo test test-engine soak fuzz audit lint format types wheel bench-gpu readme lock clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -28,6 +28,13 @@ test-engine: $(STAMP)  ## the whole chain with a real llama-server, compiled the
 
 soak: $(STAMP)  ## 30 minutes of mixed traffic with faults through a real proxy (SECONDS=60: shorter)
 	@$(BIN)/python -m tests.soak --seconds $(or $(SECONDS),1800)
+
+fuzz: $(STAMP)  ## ten minutes of damaged files and requests (SECONDS=600), guided by atheris where that installs
+	@$(PIP) install --only-binary :all: 'atheris>=3' 2>/dev/null || echo "no atheris for this Python: the mutation is blind"
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),600)
+
+audit: $(STAMP)  ## known vulnerabilities of the pinned dependencies, from PyPI's database
+	@$(BIN)/uv tool run pip-audit --disable-pip --require-hashes --requirement requirements/runtime.lock
 
 lint: $(STAMP)  ## ruff's rules and formatting, nothing changed
 	@$(BIN)/ruff check .
