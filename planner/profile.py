@@ -43,6 +43,10 @@ _LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"_(?:ch)?exps(?:\.|$)")
 
 
+MAX_LAYERS = 512
+"""Repeating layers of the largest model that llama.cpp loads (``LLAMA_MAX_LAYERS`` in ``src/llama-hparams.h``)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
     """One row of a GGUF's tensor table; ``shape`` has the contiguous dimension first."""
@@ -232,6 +236,8 @@ def build_profile(*, metadata: Metadata, tensors: Iterable[Tensor], file_bytes: 
         raise ValueError("the tensor table holds no repeating layers (blk.N.*)")
     tied_bytes = 0 if has_output or architecture in ENCODERS else embedding_bytes
     n_layers = max(parts) + 1
+    if n_layers > MAX_LAYERS:
+        raise ValueError(f"{n_layers} layers are more than llama.cpp loads ({MAX_LAYERS})")
     n_unused = metadata.get(f"{architecture}.nextn_predict_layers", 0)
     for i in range(n_layers - (n_unused if isinstance(n_unused, int) and n_unused < n_layers else 0), n_layers):
         parts.pop(i, None)  # multi-token prediction: TENSOR_SKIP, not loaded without a draft
