@@ -147,7 +147,7 @@ def profile_of(parts: list[GgufHeader], *, name: str = "") -> ModelProfile:
         raise ModelError(
             f"{name or 'the file'} is {_NOT_A_MODEL[first.kind]}, not a language model: there are no layers to place"
         )
-    if [part.split_index for part in parts] != list(range(first.split_count)):
+    if len(parts) != first.split_count or [part.split_index for part in parts] != list(range(len(parts))):
         have = ", ".join(str(part.split_index + 1) for part in parts)
         raise GgufError(f"{name or 'the model'} is split into {first.split_count} files, and only part {have} is here")
     tensors = tuple(chain.from_iterable(part.tensors for part in parts))
