@@ -149,7 +149,9 @@ def test_a_prompt_that_a_cache_may_know_counts_for_the_answer_alone(tmp_path):
     # shows: llama-server's cache makes the second one read in no time, but Ollama counts its tokens
     with stage(state=str(tmp_path)) as it:
         it.ask(prompt="the same beginning " * 300)
+        kept(tmp_path, 1)  # they are taken in beside the traffic, in whatever order
         it.ask(prompt="the same beginning " * 300 + "and another end")
+        kept(tmp_path, 2)
         it.ask(path="/api/chat", stream=True)
         assert [(answer[1], answer[3] > 0) for answer in kept(tmp_path, 3)] == [(200, True), (200, False), (200, True)]
 
