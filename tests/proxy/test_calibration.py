@@ -125,7 +125,7 @@ def test_answers_find_how_fast_a_card_really_is_and_the_next_plan_uses_it(tmp_pa
         assert gpu["measured"]["dense"]["prefill_flops_per_s"] == pytest.approx(truth[1], rel=0.05)
         assert gpu["predicted"]["decode_bytes_per_s"] == pytest.approx(truth[0] / 0.3)
         (row,) = it.get("/lopsided/models")["models"]
-        assert row["measured_tokens_per_s"] == pytest.approx(row["predicted_tokens_per_s"] * 0.3, rel=0.1)
+        assert row["measured_tokens_per_s"] == pytest.approx(row["predicted_tokens_per_s"] * 0.3, rel=0.2)
     with stage(state=str(tmp_path)) as it:
         assert it.get("/lopsided/devices")["gpus"][0]["measured"]["dense"]["decode_bytes_per_s"] == pytest.approx(
             truth[0], rel=0.02
