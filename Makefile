@@ -16,7 +16,7 @@ help:  ## what there is
 
 setup: $(STAMP)  ## a virtual environment in .venv with the pinned dependencies
 
-demo: $(STAMP)  ## a simulated RTX 5090 + RTX 3090: stock Ollama beside lopsided (ONCE=1 ends after the table)
+demo: $(STAMP)  ## stock Ollama beside lopsided on five simulated machines (ONCE=1 ends after the tables)
 	@$(BIN)/lopsided demo $(if $(ONCE),--once)
 
 test: $(STAMP)  ## all tests

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import httpx
@@ -49,6 +49,9 @@ from proxy.planning import plan_for
 from proxy.settings import CACHE_TYPES, Settings, load_settings
 from proxy.statefile import StateFile
 from proxy.tables import calibration_report, demo_report, devices_report, doctor_report, gib, plan_report
+
+if TYPE_CHECKING:  # the demo brings the server with it, which takes a second to import
+    from proxy.demo import Machine, Outcome, Stage
 
 PIPE_WIDTH = 140
 """Columns of a table that goes into a file or a pipe; a terminal says its own."""
@@ -245,23 +248,33 @@ def doctor(as_json: bool) -> None:
 def demo(once: bool, era: Era, as_json: bool) -> None:
     """Show stock Ollama beside lopsided.
 
-    The RTX 5090, the RTX 3090 and Ollama are simulated, the requests are real. Needs no GPU.
+    The cards and Ollama are simulated, the requests are real. Needs no GPU.
     """
-    from proxy.demo import CASES, open_stage
+    from proxy.demo import MACHINES, PAIR, Summary, open_stage
+
+    def play(stage: Stage, machine: Machine) -> list[Outcome]:
+        what = f"Asking the simulated Ollama ({len(machine.cards)} cards)"
+        return [stage.play(case) for case in track(machine.cases, what, console=Console(stderr=True), transient=True)]
 
     with open_stage(era) as stage:
-        names = gpu_names(stage.simulator.rig().gpus)
-        outcomes = [
-            stage.play(case) for case in track(CASES, "Asking the simulated Ollama", console=Console(stderr=True), transient=True)
-        ]
+        played = {PAIR: play(stage, PAIR)}
+        for machine in MACHINES[1:]:
+            with open_stage(era, machine) as other:
+                played[machine] = play(other, machine)
+        summaries = [Summary.of(machine, outcomes) for machine, outcomes in played.items()]
         if as_json:
-            _print_json({"simulated": True, "ollama": stage.simulator.version, "rows": [asdict(outcome) for outcome in outcomes]})
+            rigs = [
+                {**asdict(summary), "rows": [asdict(outcome) for outcome in outcomes]}
+                for summary, outcomes in zip(summaries, played.values(), strict=True)
+            ]
+            _print_json({"simulated": True, "ollama": stage.simulator.version, "rigs": rigs})
         else:
-            _print(demo_report(outcomes, names, ollama=f"Ollama {stage.simulator.version}"))
+            names = gpu_names(stage.simulator.rig().gpus)
+            _print(demo_report(played[PAIR], names, summaries, ollama=f"Ollama {stage.simulator.version}"))
         if once or as_json:
             return
         stage.simulator.scheduler.time_scale = 1.0
-        body = json.dumps({"model": CASES[0].model, "prompt": "Hello"})
+        body = json.dumps({"model": PAIR.cases[0].model, "prompt": "Hello"})
         click.echo(
             f"\nStill running, now at the simulated speed. Point a client at lopsided, or at the simulated Ollama to compare:\n"
             f"  lopsided          {stage.proxy_url}\n"

@@ -129,12 +129,15 @@ def deliver_by_launcher(plan: Plan, *, spread: bool, tensor_split: bool) -> Deli
 
 
 def _deliver_layers(plan: Plan, how: str) -> Delivery:
-    """Up to 0.24: the number of layers on GPUs, where that is not what Ollama would take by itself."""
+    """Up to 0.24: the number of layers on GPUs, where that is more than Ollama would take by itself.
+
+    Fewer, on better cards, can't be asked for: Ollama would take that many from its own layout, which only gets slower.
+    """
     layers = sum(plan.chosen.placement.shares)
     if plan.chosen is plan.stock:
         return stock(f"{how}; {plan.reverted or 'nothing is faster'}", without=MAIN_GPU)
     label = placement_text(plan.chosen.placement, plan.rig)
-    if layers == sum(plan.stock.placement.shares):
+    if layers <= sum(plan.stock.placement.shares):
         return stock(f"{how}; {label} can't be asked of this Ollama", without=MAIN_GPU)
     return _delivery(f"{label}; {how}; by num_gpu alone", {"num_gpu": layers})
 

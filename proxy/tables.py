@@ -21,7 +21,7 @@ from proxy.doctor import Finding, Level
 from proxy.options import Delivery
 
 if TYPE_CHECKING:  # the demo brings the server with it, which takes a second to import
-    from proxy.demo import Outcome, Run
+    from proxy.demo import Outcome, Run, Summary
 
 ALTERNATIVES_SHOWN = 5
 LEVEL_STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -174,8 +174,10 @@ def doctor_report(findings: Iterable[Finding]) -> RenderableType:
     return table
 
 
-def demo_report(outcomes: Sequence[Outcome], names: Sequence[str], *, ollama: str) -> RenderableType:
-    """Stock beside lopsided; under the table what the options of a request cannot deliver."""
+def demo_report(
+    outcomes: Sequence[Outcome], names: Sequence[str], summaries: Sequence[Summary], *, ollama: str
+) -> RenderableType:
+    """Stock beside lopsided on one pair, what takes the launcher under it, and what all machines come to."""
     right = ("context", "tok/s", "tok/s ", "gain")
     columns = ("model", "context", "stock Ollama", "tok/s", "lopsided", "tok/s ", "gain", "")
     table = new_table(*columns, title=f"SIMULATED: {' + '.join(names)}, {ollama}", right=right)
@@ -197,11 +199,28 @@ def demo_report(outcomes: Sequence[Outcome], names: Sequence[str], *, ollama: st
         if outcome.planned:
             planned = _run_text(outcome.planned, outcome.n_layers, names)
             notes.append(
-                f"{outcome.case.model}: the options of a request cannot ask this Ollama for {planned}, "
-                f"predicted at {rate(outcome.planned.tokens_per_s)} tok/s."
+                f"{outcome.case.model}: the options of a request cannot ask this Ollama for {planned}; "
+                f"the launcher can: {rate(outcome.planned.tokens_per_s)} tok/s."
             )
     legend = "38 on 5090: layers, the output layer counted. tok/s: the speed of the answer."
-    return Group(table, Text(legend, style="dim"), *map(Text, notes))
+    return Group(table, Text(legend, style="dim"), *map(Text, notes), Text(), _summary_table(summaries))
+
+
+def _summary_table(summaries: Iterable[Summary]) -> RenderableType:
+    right = ("models", "stock splits/slow card", "median gain", "with launcher", "least of all")
+    table = new_table("cards", *right, title="How many times as fast as stock Ollama, on five machines", right=right)
+    for summary in summaries:
+        table.add_row(
+            " + ".join(card.removeprefix("Quadro ").removeprefix("Tesla ") for card in summary.cards),
+            str(summary.models),
+            str(summary.poor),
+            *(f"{gain:.2f}×" for gain in (summary.median_gain, summary.median_launcher_gain, summary.least_gain)),
+        )
+    legend = (
+        "Median gain: of the models that stock splits or puts on a slower card. Least of all: of every model. Each card decodes "
+        "as fast as published llama.cpp runs on it, or on its generation; lopsided plans by data sheets alone."
+    )
+    return Group(table, Text(legend, style="dim"))
 
 
 def _run_text(run: Run, n_layers: int, names: Sequence[str]) -> str:

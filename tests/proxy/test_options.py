@@ -82,6 +82,7 @@ def test_shares_by_index_would_put_the_output_layer_of_another_order_on_the_wron
 
 def test_the_older_era_knows_num_gpu_alone():
     assert told(FAST, SPLIT, era="runner") == ("stock; auto; solo CUDA0 can't be asked of this Ollama", {})
+    assert told(PARTIAL, SPLIT, era="runner")[1] == {}  # fewer layers than stock takes would only be slower
     text, options = told(SPLIT, PARTIAL, era="runner")
     assert (text, options) == ("split CUDA0=8,CUDA1=3; auto; by num_gpu alone", {"num_gpu": N + 1})
 
