@@ -23,9 +23,17 @@ EXACT_GPUS = 3
 SLACK_LAYERS = 2
 """Layers by which a device may stay below its limit, where not every cut is looked at."""
 
+FEW_LAYERS = 2
+"""Layers from which on a device's compute buffer no longer grows: with fewer, some of the largest tensors are missing."""
+
 Role = Literal["first", "middle", "last"]
 ROLES: tuple[Role, ...] = ("first", "middle", "last")
 """A device's place in the order, which its compute buffer hangs on: hidden states come in, pass through, or become logits."""
+
+
+def few(layers: int) -> int:
+    """``layers``, or ``FEW_LAYERS`` where there are more."""
+    return min(layers, FEW_LAYERS)
 
 
 def role(position: int, count: int) -> Role:
@@ -45,15 +53,15 @@ class Split:
 class Problem:
     """What is to be cut. ``held`` and ``read`` are prefix sums over the layers, in bytes.
 
-    ``inverse`` is in seconds per byte, ``rooms`` in bytes without the compute buffer, both by GPU. ``host_inverse``: seconds per
-    byte of RAM, where the lowest layers may stay there, else ``None``.
+    ``inverse`` is in seconds per byte, ``rooms`` in bytes without the compute buffer, both by GPU. ``buffers``: bytes of compute
+    buffer by GPU, role and ``few``. ``host_inverse``: seconds per byte of RAM, where the lowest layers stay there, else ``None``.
     """
 
     held: Sequence[float]
     read: Sequence[float]
     inverse: Mapping[int, float]
     rooms: Mapping[int, int]
-    buffers: Mapping[tuple[int, Role], int]
+    buffers: Mapping[tuple[int, Role, int], int]
     output_held: int
     output_read: int
     host_inverse: float | None
@@ -79,9 +87,11 @@ class Problem:
             for gpu in reversed(ranked):
                 yield (*(other for other in ranked if other != gpu), gpu)
 
-    def _room(self, order: Sequence[int], position: int) -> int:
+    def _rooms(self, order: Sequence[int], position: int) -> list[int]:
+        """Bytes for layers on the device at ``position``, by ``few``."""
         gpu, place = order[position], role(position, len(order))
-        return self.rooms[gpu] - self.buffers[gpu, place] - (self.output_held if place == "last" else 0)
+        room = self.rooms[gpu] - (self.output_held if place == "last" else 0)
+        return [room - self.buffers[gpu, place, layers] for layers in range(FEW_LAYERS + 1)]
 
     def _best(self, order: tuple[int, ...], bound: float) -> Split | None:
         """The fastest cuts for ``order``, if they take no more than ``bound`` seconds.
@@ -89,44 +99,57 @@ class Problem:
         ``states``: seconds and layers of the devices behind, by the layer where they begin.
         """
         held, read, last = self.held, self.read, len(order) - 1
-        rooms = [self._room(order, position) for position in range(len(order))]
-        if rooms[last] < 0:
+        rooms = [self._rooms(order, position) for position in range(len(order))]
+        if rooms[last][0] < 0:
             return None
         states: dict[int, tuple[float, tuple[int, ...]]] = {len(held) - 1: (0.0, ())}
         for position in range(last, -1, -1):
             inverse, room = self.inverse[order[position]], rooms[position]
             output = self.output_read * inverse if position == last else 0.0
             hop = HOP_SECONDS if position < last else 0.0
-            under = bisect_right(held, rooms[0]) - 1 if position == 1 and self.host_inverse is None else None
+            under = self._most(rooms[0]) if position == 1 and self.host_inverse is None else None
             quickest = min(*(self.inverse[gpu] for gpu in order[: position + 1]), self.host_inverse or inf)
+            some = self._exact and position < last  # a device without a layer is another subset's
+            least = position * self._exact + (self.host_inverse is not None)
             following: dict[int, tuple[float, tuple[int, ...]]] = {}
             for end, (seconds, counts) in states.items():
                 if seconds + read[end] * quickest > bound:
                     continue
-                lowest = bisect_left(held, held[end] - room, 0, end) if room > 0 else end
-                for start in self._starts(lowest, end, position, inverse, under):
+                lowest = max(self._lowest(end, room), least)
+                for start in self._starts(lowest, end - some, position, inverse, under):
                     cost = seconds + output + (read[end] - read[start]) * inverse + (hop if start < end else 0.0)
                     known = following.get(start)
                     if known is None or cost < known[0]:
                         following[start] = (cost, (end - start, *counts))
             states = following
         ends = ((seconds + self._rest(start), start, counts) for start, (seconds, counts) in states.items())
-        best = min((end for end in ends if not end[1] or self.host_inverse is not None), default=None)
+        best = min((end for end in ends if bool(end[1]) == (self.host_inverse is not None)), default=None)
         return Split(best[0], tuple(zip(order, best[2], strict=True))) if best else None
 
-    def _starts(self, lowest: int, end: int, position: int, inverse: float, under: int | None) -> Iterable[int]:
-        """Where the run that ends at ``end`` may begin, from ``lowest`` on; ``under``: the layers that the first can hold."""
-        if position == 0:
-            if self.host_inverse is None:
-                return () if lowest else (0,)
-            if inverse < self.host_inverse:
-                return (lowest, end) if lowest < end else (end,)
+    def _lowest(self, end: int, rooms: Sequence[int]) -> int:
+        """The lowest layer that a device with ``rooms`` can take together with all others below ``end``."""
+        held = self.held
+        lowest = bisect_left(held, held[end] - rooms[FEW_LAYERS], 0, end) if rooms[FEW_LAYERS] > 0 else end
+        short = (start for start in range(max(end - FEW_LAYERS + 1, 0), end) if held[end] - held[start] <= rooms[end - start])
+        return next(short, end) if end - lowest < FEW_LAYERS else lowest
+
+    def _most(self, rooms: Sequence[int]) -> int:
+        """How many of the lowest layers a device with ``rooms`` can take."""
+        most = bisect_right(self.held, rooms[FEW_LAYERS]) - 1
+        short = (count for count in range(min(FEW_LAYERS, len(self.held)) - 1, 0, -1) if self.held[count] <= rooms[count])
+        return next(short, 0) if most < FEW_LAYERS else most
+
+    def _starts(self, lowest: int, highest: int, position: int, inverse: float, under: int | None) -> Iterable[int]:
+        """Where a run may begin, from ``lowest`` to ``highest``; ``under``: the layers that the first device can hold."""
+        if position == 0 and self.host_inverse is None:
+            return () if lowest else (0,)
         if under is not None:
-            highest = min(max(under, 0), end)
+            highest = min(highest, under)
+        if under is not None or (position == 0 and inverse < (self.host_inverse or 0.0)):
             return (lowest, highest) if lowest < highest else (highest,) if lowest == highest else ()
         if self._exact:
-            return range(lowest, end + 1)
-        return (*range(lowest, min(lowest + SLACK_LAYERS, end - 1) + 1), end)
+            return range(lowest, highest + 1)
+        return (*range(lowest, min(lowest + SLACK_LAYERS, highest - 1) + 1), highest)
 
     def _rest(self, start: int) -> float:
         return self.read[start] * (self.host_inverse or 0.0) + (HOP_SECONDS if start else 0.0)

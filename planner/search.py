@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import accumulate, combinations, pairwise
 
 from planner.costs import layer_costs
-from planner.cuts import EXACT_GPUS, ROLES, SLACK_LAYERS, Problem, Split, role
+from planner.cuts import EXACT_GPUS, FEW_LAYERS, ROLES, SLACK_LAYERS, Problem, Split, few, role
 from planner.hardware import Rig, gpu_names
 from planner.layout import create_layout
 from planner.memory import estimate_memory
@@ -147,14 +147,20 @@ class Search:
     ) -> Candidate | None:
         """The split over ``gpus`` with the fastest decode that fits; ``None`` where none does.
 
-        ``partial``: the lowest layers may stay in RAM. ``cpu_experts``: the experts of so many layers, the lowest, stay there.
+        ``partial``: the lowest layers, one at least, stay in RAM. ``cpu_experts``: so many layers, the lowest, keep their
+        experts there.
         Compute buffers are corrected after each round. With experts in RAM they differ so much between placements that moves of
         single layers are tried at last.
         """
         sizes, work = self.sizes(settings), self.work(settings)
         sample = self._buffers(sizes, len(gpus), partial=partial, experts=bool(cpu_experts))
         doubt = OPTIMISM if len(gpus) <= EXACT_GPUS else 1.0
-        buffers = {(gpu, role): int(buffer * doubt) for gpu in gpus for role, buffer in zip(ROLES, sample, strict=True)}
+        buffers = {
+            (gpu, role, layers): int(buffer * doubt * layers / FEW_LAYERS)
+            for gpu in gpus
+            for role, buffer in zip(ROLES, sample, strict=True)
+            for layers in range(FEW_LAYERS + 1)
+        }
         best: Candidate | None = None
         seen: set[Placement] = set()
         for _ in range(ROUNDS):
@@ -168,10 +174,10 @@ class Search:
                 output_read=work.output_bytes,
                 host_inverse=1 / self.host.decode_bytes_per_s if partial else None,
             )
-            counts = problem.solve()
-            if counts is None:
+            split = problem.solve()
+            if split is None:
                 break
-            placement = self._placement(counts, cpu_experts)
+            placement = self._placement(split, cpu_experts)
             if placement in seen:
                 break
             seen.add(placement)
@@ -184,10 +190,10 @@ class Search:
                 key=lambda candidate: candidate.decode_tokens_per_s,
                 default=None,
             )
-            for position, gpu in enumerate(placement.order):
-                device, key = found.memory.devices[gpu], (gpu, role(position, len(placement.order)))
+            for position, (gpu, layers) in enumerate(split.counts):
+                device = found.memory.devices[gpu]
                 if device.total_bytes > self.limits[gpu]:
-                    buffers[key] = device.compute_bytes
+                    buffers[gpu, role(position, len(split.counts)), few(layers)] = device.compute_bytes
         return self._polished(best) if best and cpu_experts else best
 
     def _polished(self, best: Candidate) -> Candidate:

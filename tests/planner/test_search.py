@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, pairwise, permutations
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from planner.cache import cache_bytes
 from planner.choice import NEVER_WORSE_GAIN, choose, ranked, score
 from planner.cuts import EXACT_GPUS
 from planner.hardware import Rig
@@ -24,7 +26,16 @@ from planner.speed import HOP_SECONDS, LAYER_SECONDS
 from tests.planner import models
 
 REQUEST = PlanRequest(num_ctx=2048, num_batch=32, runtime_bytes=0, margin_bytes=0)
-SETTINGS = LoadSettings(num_ctx=2048, batch=32, ubatch=32)
+SETTINGS = LoadSettings(num_ctx=2048, batch=32, ubatch=32, outputs=1)
+GPU_SHARE, HOST_RATE = 0.80, 0.6 * 51.2e9
+"""Of a GPU with GDDR, and of a host of which nothing is known: planner/speed.py says where these come from."""
+KEPT = st.builds(
+    replace,
+    st.just(REQUEST),
+    margin_bytes=st.sampled_from([0, 3 * models.MIB]),
+    runtime_bytes=st.sampled_from([0, 5 * models.MIB]),
+    gpu_overhead_bytes=st.sampled_from([0, 2 * models.MIB]),
+)
 
 
 def every_split(n_gpus: int, n_layers: int, *, partial: bool) -> Iterator[Placement]:
@@ -41,16 +52,38 @@ def every_split(n_gpus: int, n_layers: int, *, partial: bool) -> Iterator[Placem
                     yield Placement(layers=tuple(layers), order=order, output_gpu=order[-1], cpu_layers=cpu)
 
 
-def brute_force(profile: ModelProfile, rig: Rig, *, partial: bool) -> Candidate | None:
-    """The fastest decode among all placements that fit."""
-    search = Search(profile, rig, REQUEST)
-    work = search.work(SETTINGS)
-    by_speed = sorted(every_split(len(rig.gpus), profile.n_layers, partial=partial), key=lambda p: search.decode_seconds(work, p))
-    for placement in by_speed:
-        memory = estimate_memory(profile, SETTINGS, placement)
-        if all(device.total_bytes <= gpu.free_bytes for device, gpu in zip(memory.devices, rig.gpus, strict=True)):
-            return search.candidate("brute force", placement, SETTINGS)
-    return None
+def seconds_of(profile: ModelProfile, rig: Rig, placement: Placement) -> float:
+    """Seconds of a token, layer by layer: bytes over rate, a fixed cost for each layer, a hop wherever the next device begins."""
+    caches = cache_bytes(profile, SETTINGS)
+    home: list[int | None] = [None] * placement.cpu_layers
+    for gpu in placement.order:
+        home += [gpu] * placement.layers[gpu]
+    reads = [(layer.weights_bytes + cache, at) for layer, cache, at in zip(profile.layers, caches, home, strict=True)]
+    reads.append((profile.output_bytes, placement.output_gpu))
+    seconds = LAYER_SECONDS * profile.n_layers
+    for read_bytes, at in reads:
+        seconds += read_bytes / (HOST_RATE if at is None else GPU_SHARE * (rig.gpus[at].bandwidth_bytes_per_s or 0))
+    devices = [at for _, at in reads]
+    return seconds + HOP_SECONDS * sum(here != there for here, there in pairwise(devices))
+
+
+def fits(profile: ModelProfile, rig: Rig, request: PlanRequest, placement: Placement) -> bool:
+    """Whether every GPU that is used has room for weights, cache, compute buffer, runtime, margin and overhead."""
+    kept = request.margin_bytes + request.runtime_bytes + request.gpu_overhead_bytes
+    caches = cache_bytes(profile, SETTINGS)
+    for gpu, run in placement.ranges():  # what is quickly seen not to fit
+        held = sum(profile.layers[layer].weights_bytes + caches[layer] for layer in run)
+        if held + kept > rig.gpus[gpu].free_bytes:
+            return False
+    devices = estimate_memory(profile, SETTINGS, placement).devices
+    return all(devices[gpu].total_bytes + kept <= rig.gpus[gpu].free_bytes for gpu in placement.order)
+
+
+def brute_force(profile: ModelProfile, rig: Rig, request: PlanRequest, *, partial: bool) -> float | None:
+    """Seconds of the fastest placement among all that fit."""
+    ways = every_split(len(rig.gpus), profile.n_layers, partial=partial)
+    by_speed = sorted((seconds_of(profile, rig, way), i, way) for i, way in enumerate(ways))
+    return next((seconds for seconds, _, way in by_speed if fits(profile, rig, request, way)), None)
 
 
 @st.composite
@@ -71,25 +104,42 @@ def problems(draw: st.DrawFn, *, most_gpus: int, most_layers: int) -> tuple[Mode
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(most_gpus=2, most_layers=24))
-def test_two_gpus_get_the_optimum_of_brute_force(problem: tuple[ModelProfile, Rig]) -> None:
+@given(problems(most_gpus=2, most_layers=24), KEPT)
+def test_two_gpus_get_the_optimum_of_brute_force(problem: tuple[ModelProfile, Rig], request: PlanRequest) -> None:
     """Every cut and order over up to 2 GPUs and 24 layers, with and without layers in RAM."""
-    _compare(*problem)
+    _compare(*problem, request)
 
 
-@settings(max_examples=25, deadline=None)
-@given(problems(most_gpus=3, most_layers=8))
-def test_three_gpus_get_the_optimum_of_brute_force(problem: tuple[ModelProfile, Rig]) -> None:
-    """The same over up to 3 GPUs."""
-    _compare(*problem)
+@settings(max_examples=30, deadline=None)
+@given(problems(most_gpus=3, most_layers=24), KEPT)
+def test_three_gpus_get_the_optimum_of_brute_force(problem: tuple[ModelProfile, Rig], request: PlanRequest) -> None:
+    """The same over up to 3 GPUs: every subset in every order."""
+    _compare(*problem, request)
 
 
-def _compare(profile: ModelProfile, rig: Rig) -> None:
-    expected = brute_force(profile, rig, partial=False) or brute_force(profile, rig, partial=True)
-    plan = make_plan(profile, rig, REQUEST)
-    best = max((c.decode_tokens_per_s for c in (*plan.alternatives, plan.stock) if c.placement.order), default=0)
-    if expected:  # else no GPU has room for the output layer
-        assert best >= expected.decode_tokens_per_s * (1 - 1e-9), (expected.label, expected.placement)
+def test_three_hundred_random_rigs_of_three_gpus_get_the_optimum() -> None:
+    """Evenly drawn, which hypothesis does not: cards so small that their compute buffers decide, with one layer or none."""
+    chance = random.Random(8)
+    for _ in range(300):
+        ffn = tuple(chance.choice([1024, 2048, 4096]) for _ in range(chance.randint(1, 3)))
+        profile = models.small(n_layers=chance.randint(2, 12), ffn=ffn, vocabulary=chance.choice([2048, 32768]))
+        most = 2 * profile.weights_bytes // models.MIB + 62
+        gpus = (models.gpu(f"gpu{i}", chance.randint(8, most), gb_per_s=chance.randint(100, 1800)) for i in range(3))
+        _compare(profile, models.rig(*gpus), REQUEST)
+
+
+def _compare(profile: ModelProfile, rig: Rig, request: PlanRequest) -> None:
+    expected = brute_force(profile, rig, request, partial=False) or brute_force(profile, rig, request, partial=True)
+    plan = make_plan(profile, rig, request)
+    found = [
+        c
+        for c in (*plan.alternatives, plan.stock)
+        if c.placement.output_gpu is not None and fits(profile, rig, request, c.placement)
+    ]
+    if expected is None:  # no GPU has room for the output layer
+        assert not found
+    else:
+        assert max(c.decode_tokens_per_s for c in found) == pytest.approx(1 / expected, rel=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
