@@ -12,7 +12,8 @@
 * ``fit`` and ``autofit``: how Ollama's two eras split layers; ``stock``: what stock Ollama does with a request.
 * ``power``, ``costs``, ``balance``, ``contiguous``, ``layout``: the boost algorithm.
 * ``request``, ``search`` (with ``cuts``), ``choice``, ``plan``, ``reasons``: the question, the candidates, which one wins, the
-  answer, and why. ``frontier``: the context that each kind of placement has room for.
+  answer, and why. ``frontier``: the context that each kind of placement has room for; ``runnersup``: the next best.
+* ``recipes``: what quantizing makes of a model.
 """
 
 from planner.hardware import Gpu, Host, Rig

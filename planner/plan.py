@@ -83,7 +83,7 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
         stock_by_era=stocks,
         alternatives=fitting,
         rejected=rejected,
-        reasons=(*first, *reasons(rig, request, chosen=chosen, stock=stock, fitting=fitting, rejected=rejected)),
+        reasons=(*first, *reasons(profile, rig, request, chosen=chosen, stock=stock, fitting=fitting, rejected=rejected)),
     )
 
 

@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from planner.cache import cache_bytes
 from planner.choice import NEVER_WORSE_GAIN, score
 from planner.hardware import Rig, gpu_names
 from planner.placement import in_words
+from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
+from planner.speed import gpu_rates
 from planner.units import GIB
 
 LOSERS_SHOWN = 5
 """Candidates that are named beside the chosen one."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Binding:
+    """What keeps a plan from being faster: GPU ``gpu`` has ``left_bytes`` left, and the next layer takes ``layer_bytes``."""
+
+    gpu: int
+    left_bytes: int
+    layer_bytes: int
+
+
+def binding(profile: ModelProfile, rig: Rig, request: PlanRequest, chosen: Candidate) -> Binding | None:
+    """The fastest GPU that is used and has no room for a layer more; ``None`` where one holds everything, or all have room."""
+    caches, placement = cache_bytes(profile, chosen.settings), chosen.placement
+    full = []
+    for gpu, run in placement.ranges():
+        beside = run.start - 1 if run.start else run.stop
+        if beside == profile.n_layers:
+            continue
+        layer = profile.layers[beside]
+        held = layer.weights_bytes + caches[beside] - (layer.expert_bytes if beside in placement.cpu_experts else 0)
+        left = chosen.limits[gpu] - chosen.memory.devices[gpu].total_bytes
+        if left < held:
+            full.append(Binding(gpu=gpu, left_bytes=left, layer_bytes=held))
+    return max(full, key=lambda one: gpu_rates(rig.gpus[one.gpu], request.calibration).decode_bytes_per_s, default=None)
+
+
 def reasons(
+    profile: ModelProfile,
     rig: Rig,
     request: PlanRequest,
     *,
@@ -38,6 +68,9 @@ def reasons(
     rates = "by measured rates" if chosen.calibrated else "predicted, not calibrated"
     lines.append(f"chosen: {in_words(chosen.placement, names)}, {_speed(chosen)}, {gain:+.0%} against stock ({rates})")
     lines += _bounds(chosen, names)
+    if bound := binding(profile, rig, request, chosen):
+        left, layer = max(bound.left_bytes, 0) / GIB, bound.layer_bytes / GIB
+        lines.append(f"bound by the memory of {names[bound.gpu]}: {left:.2f} GiB are left, one layer more takes {layer:.2f}")
     return tuple(lines)
 
 

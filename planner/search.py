@@ -184,7 +184,7 @@ class Search:
             found = self.candidate(in_words(placement, self.names), placement, settings)
             near = [found]
             if cpu_experts and not self.holds(found):  # the cut beside it may need a smaller buffer
-                near += [self.candidate(in_words(moved, self.names), moved, settings) for moved in self._moves(found)]
+                near += [self.candidate(in_words(moved, self.names), moved, settings) for moved in self.moves(found)]
             best = max(
                 (candidate for candidate in (best, *near) if candidate and self.holds(candidate)),
                 key=lambda candidate: candidate.decode_tokens_per_s,
@@ -199,16 +199,16 @@ class Search:
     def _polished(self, best: Candidate) -> Candidate:
         """``best`` after every move of one layer at a time that is faster and fits, measured exactly."""
         work = self.work(best.settings)
-        moves = iter(self._moves(best))
+        moves = iter(self.moves(best))
         while (placement := next(moves, None)) is not None:
             if self.decode_seconds(work, placement) * best.decode_tokens_per_s < 1 - LEAST_GAIN:
                 moved = self.candidate(in_words(placement, self.names), placement, best.settings)
                 if self.holds(moved):
                     best = moved
-                    moves = iter(self._moves(best))
+                    moves = iter(self.moves(best))
         return best
 
-    def _moves(self, candidate: Candidate) -> Iterator[Placement]:
+    def moves(self, candidate: Candidate) -> Iterator[Placement]:
         """One layer from a device (or RAM) to the next one, either way, where half a compute buffer more would make room."""
         placement, sizes = candidate.placement, self.sizes(candidate.settings)
         held = _less_experts(sizes.held_prefix, sizes.experts_prefix, len(placement.cpu_experts))

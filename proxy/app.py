@@ -15,7 +15,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from planner.frontier import frontier
 from planner.plan import make_plan
+from planner.runnersup import with_runners_up
 from proxy.access import LAUNCH_PATH, bears_token, is_foreign, lacks_token, refuses_host, refuses_own, without_token
 from proxy.asgi import Application, Receive, Scope, Send
 from proxy.calibration import Calibrator, LearnedPlanner
@@ -271,7 +273,9 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
     @own.get("/lopsided/plan")
     async def plan(model: str, num_ctx: int | None = Query(None, ge=1, le=MAX_TOKENS)) -> JSONResponse:
         made, delivery = await placements.preview(model, num_ctx)
-        return JSONResponse(plan_json(made, delivery))
+        told = await asyncio.to_thread(with_runners_up, made)
+        points = await asyncio.to_thread(frontier, made.profile, made.rig, made.request)
+        return JSONResponse(plan_json(told, delivery, points))
 
     @own.post(LAUNCH_PATH)
     async def launch(request: Request) -> Response:

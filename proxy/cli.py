@@ -25,10 +25,13 @@ import httpx
 from rich.console import Console, RenderableType
 from rich.progress import track
 
+from planner.frontier import frontier
 from planner.hardware import Rig, gpu_names
 from planner.plan import make_plan
 from planner.power import power_shares, raw_powers
+from planner.recipes import RECIPES, quantized
 from planner.request import Era
+from planner.runnersup import with_runners_up
 from proxy.address import Address
 from proxy.calibrate import Calibrating, Report, report_json
 from proxy.calibration import LearnedPlanner
@@ -38,17 +41,25 @@ from proxy.estimate import estimate_command
 from proxy.gpus import GpuSource
 from proxy.gpus.nvml import NvmlSource
 from proxy.gpus.order import DeviceOrder
-from proxy.gpus.static import StaticSource
+from proxy.gpus.static import StaticSource, with_cards
 from proxy.launcher import launcher_commands
 from proxy.loading import MAX_TOKENS
 from proxy.measurements import FILE_NAME as MEASUREMENTS_FILE
 from proxy.measurements import Measurements
 from proxy.options import era_of
-from proxy.planjson import devices_json, launcher_arguments, plan_json
+from proxy.planjson import devices_json, launcher_arguments, plan_json, quantization_json
 from proxy.planning import plan_for
 from proxy.settings import CACHE_TYPES, Settings, load_settings
 from proxy.statefile import StateFile
-from proxy.tables import calibration_report, demo_report, devices_report, doctor_report, gib, plan_report
+from proxy.tables import (
+    calibration_report,
+    demo_report,
+    devices_report,
+    doctor_report,
+    gib,
+    plan_report,
+    quantizations_report,
+)
 
 if TYPE_CHECKING:  # the demo brings the server with it, which takes a second to import
     from proxy.demo import Machine, Outcome, Stage
@@ -91,6 +102,9 @@ gpu_option = click.option(
     metavar="CARD[:FREE]",
     help="A card to plan for instead of this machine's, e.g. \"RTX 3090:22GiB\" (RAM stays this machine's). "
     "Repeat it in Ollama's device order.",
+)
+add_gpu_option = click.option(
+    "--add-gpu", "added", multiple=True, metavar="CARD[:FREE]", help="A card to plan for beside those, as if it were built in."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
@@ -135,13 +149,28 @@ def _version(_context: click.Context, _parameter: click.Parameter, value: str | 
     return value
 
 
+def _recipes(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    names = tuple(name.strip().upper() for name in (value or "").split(",") if name.strip())
+    if unknown := [name for name in names if name not in RECIPES]:
+        raise click.BadParameter(f"{unknown[0]} is none of {', '.join(RECIPES)}")
+    return names
+
+
 @main.command()
 @click.argument("model", metavar="MODEL|FILE.gguf")
 @gpu_option
+@add_gpu_option
 @click.option("--ctx", type=TOKENS, help="Tokens of context (default: the model's own, else what Ollama takes by VRAM).")
 @click.option("--batch", type=TOKENS, help="Tokens of a batch (default: what Ollama takes by context and memory).")
 @click.option("--parallel", type=click.IntRange(1, 1024), help="Sequences at once (OLLAMA_NUM_PARALLEL, else 1).")
 @click.option("--kv-type", type=click.Choice(CACHE_TYPES), help="Type of the KV cache (OLLAMA_KV_CACHE_TYPE, else f16).")
+@click.option(
+    "--quant",
+    "recipes",
+    metavar="LIST",
+    callback=_recipes,
+    help=f"Plan for other quantizations of the model too, e.g. Q4_K_M,Q8_0 ({', '.join(RECIPES)}).",
+)
 @click.option("--boost", metavar="1.0-2.0|auto", help="Factor of the boost algorithm (OLLAMA_SCHED_COMPUTE_BOOST, else auto).")
 @click.option(
     "--ollama-version",
@@ -153,10 +182,12 @@ def _version(_context: click.Context, _parameter: click.Parameter, value: str | 
 def plan(
     model: str,
     cards: tuple[str, ...],
+    added: tuple[str, ...],
     ctx: int | None,
     batch: int | None,
     parallel: int | None,
     kv_type: str | None,
+    recipes: tuple[str, ...],
     boost: str | None,
     ollama_version: str | None,
     as_json: bool,
@@ -168,13 +199,22 @@ def plan(
     settings = load_settings(**_given(num_parallel=parallel, kv_cache_type=kv_type, boost=boost))
     options = {"num_ctx": ctx, "num_batch": batch}
     planner = LearnedPlanner(planner=make_plan, measurements=open_measurements(settings), objective=settings.objective)
-    rig = _rig(settings, cards)
+    rig = with_cards(_rig(settings, cards), added)
     answer = asyncio.run(plan_for(model, rig, options, settings, version=ollama_version, planner=planner))
+    made = with_runners_up(answer.plan)
+    points = frontier(made.profile, made.rig, made.request)
+    variants = [(name, planner(quantized(made.profile, name), made.rig, made.request)) for name in recipes]
     if as_json:
-        _print_json(plan_json(answer.plan, answer.delivery))
+        found = plan_json(made, answer.delivery, points)
+        if variants:
+            found["quantizations"] = [quantization_json(name, variant) for name, variant in variants]
+        _print_json(found)
         return
-    launcher = launcher_arguments(answer.plan)
-    _print(plan_report(answer.plan, delivery=answer.delivery, launcher=launcher, header_only=answer.header_only))
+    launcher = launcher_arguments(made)
+    _print(plan_report(made, points, delivery=answer.delivery, launcher=launcher, header_only=answer.header_only))
+    if variants:
+        click.echo()
+        _print(quantizations_report(variants))
 
 
 @main.command()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
+from planner.frontier import FrontierPoint
 from planner.hardware import Gpu, Rig
 from planner.plan import Plan
 from planner.power import power_shares, raw_powers
 from planner.profile import ModelProfile
+from planner.reasons import binding
 from planner.request import Candidate
 from planner.speed import Calibration, gpu_rates
 from proxy.launch import render
@@ -19,9 +22,14 @@ NOTHING: Mapping[str, Calibration] = MappingProxyType({})
 """No rates of any class."""
 
 
-def plan_json(plan: Plan, delivery: Delivery) -> dict[str, Any]:
-    """The whole answer; ``gpus`` are in Ollama's order, and so is every list with one entry per GPU."""
-    settings = plan.chosen.settings
+def plan_json(plan: Plan, delivery: Delivery, frontier: Iterable[FrontierPoint]) -> dict[str, Any]:
+    """The whole answer; ``gpus`` are in Ollama's order, and so is every list with one entry per GPU.
+
+    ``frontier``: the largest context of each kind of placement, the fastest first. ``binding``: what keeps the plan from being
+    faster, if anything does.
+    """
+    settings, bound = plan.chosen.settings, binding(plan.profile, plan.rig, plan.request, plan.chosen)
+    chosen = (plan.chosen.placement, settings)
     shares = power_shares(raw_powers(plan.rig.gpus))
     return {
         "model": model_json(plan.profile),
@@ -37,9 +45,22 @@ def plan_json(plan: Plan, delivery: Delivery) -> dict[str, Any]:
         },
         "plan": candidate_json(plan.chosen),
         "stock": candidate_json(plan.stock),
-        "alternatives": [candidate_json(candidate) for candidate in plan.alternatives if candidate is not plan.chosen],
+        "alternatives": [candidate_json(other) for other in plan.alternatives if (other.placement, other.settings) != chosen],
+        "binding": asdict(bound) if bound else None,
+        "frontier": [{"num_ctx": point.num_ctx, **candidate_json(point.candidate)} for point in frontier],
         "reasons": list(plan.reasons),
         "delivery": {"options": dict(delivery.options), "launcher": launcher_arguments(plan)},
+    }
+
+
+def quantization_json(recipe: str, plan: Plan) -> dict[str, Any]:
+    """The plan for the model quantized by ``recipe``."""
+    profile = plan.profile
+    return {
+        "name": recipe,
+        "file_bytes": profile.file_bytes,
+        "plan": candidate_json(plan.chosen),
+        "stock": candidate_json(plan.stock),
     }
 
 

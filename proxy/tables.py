@@ -10,11 +10,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.frontier import FrontierPoint
 from planner.hardware import Rig, gpu_names
 from planner.memory import DeviceMemory
 from planner.placement import contiguous, in_words
 from planner.plan import Plan
 from planner.request import Candidate, Era
+from planner.runnersup import RUNNERS_UP
 from planner.speed import Calibration
 from planner.units import GIB, MIB
 from proxy.doctor import Finding, Level
@@ -23,7 +25,6 @@ from proxy.options import Delivery
 if TYPE_CHECKING:  # the demo brings the server with it, which takes a second to import
     from proxy.demo import Outcome, Run, Summary
 
-ALTERNATIVES_SHOWN = 5
 LEVEL_STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 ERA_NAMES: dict[Era, str] = {"llama-server": "stock ≥ 0.30", "runner": "stock ≤ 0.24"}
 
@@ -124,8 +125,10 @@ def calibration_report(found: Mapping[str, Any]) -> RenderableType:
     return Group(trials, gpus, *(Text(note, style="yellow") for note in notes))
 
 
-def plan_report(plan: Plan, *, delivery: Delivery, launcher: Sequence[str], header_only: bool = False) -> RenderableType:
-    """The winner and what it costs on each device, stock's own choice in both eras, the best losers, and the reasons.
+def plan_report(
+    plan: Plan, frontier: Sequence[FrontierPoint], *, delivery: Delivery, launcher: Sequence[str], header_only: bool = False
+) -> RenderableType:
+    """The winner and what it costs on each device, stock's own choice in both eras, the best losers, room for context, and why.
 
     ``delivery`` is what a request gets, ``launcher`` the arguments of llama-server that mean the plan in full.
     """
@@ -141,10 +144,12 @@ def plan_report(plan: Plan, *, delivery: Delivery, launcher: Sequence[str], head
         *_ram_warning(plan.chosen, plan.rig),
         _comparison(plan, delivery, names),
     ]
-    losers = [candidate for candidate in plan.alternatives if candidate not in (plan.chosen, plan.stock)][:ALTERNATIVES_SHOWN]
+    losers = [candidate for candidate in plan.alternatives if candidate not in (plan.chosen, plan.stock)][:RUNNERS_UP]
     if losers:
         rows = [(candidate.label if candidate.label.startswith("boost ") else "", candidate) for candidate in losers]
         parts.append(_candidates("Not chosen", rows, names))
+    if frontier:
+        parts.append(_frontier_table(frontier, names))
     parts += [Text("Why", style="bold"), _numbered(plan.reasons)]
     asked = ", ".join(f"{name} {value}" for name, value in delivery.options.items()) or "none"
     arguments = " ".join(launcher) or "none can say this"
@@ -152,6 +157,26 @@ def plan_report(plan: Plan, *, delivery: Delivery, launcher: Sequence[str], head
     if plan.request.era == "llama-server":
         parts.append(Text(f"The plan as arguments of llama-server: {arguments}"))
     return Group(*parts)
+
+
+def _frontier_table(points: Sequence[FrontierPoint], names: Sequence[str]) -> Table:
+    table = new_table("context", "decode", "placement", title="Room for context", right=("context", "decode"))
+    for point in points:
+        placed = in_words(point.candidate.placement, names)
+        table.add_row(str(point.num_ctx), rate(point.candidate.decode_tokens_per_s), placed)
+    return table
+
+
+def quantizations_report(plans: Iterable[tuple[str, Plan]]) -> RenderableType:
+    """The plan for each quantization of one model."""
+    right = ("file", "decode", "prefill", "stock's")
+    table = new_table("", "file", "placement", "decode", "prefill", "stock's", title="Quantized otherwise", right=right)
+    for name, plan in plans:
+        chosen = plan.chosen
+        speeds = (chosen.decode_tokens_per_s, chosen.prefill_tokens_per_s, plan.stock.decode_tokens_per_s)
+        placed = in_words(chosen.placement, gpu_names(plan.rig.gpus))
+        table.add_row(name, gib(plan.profile.file_bytes), placed, *map(rate, speeds))
+    return table
 
 
 def _numbered(lines: Iterable[str]) -> Table:
@@ -304,19 +329,16 @@ def _comparison(plan: Plan, delivery: Delivery, names: Sequence[str]) -> Table:
 
 def _candidates(title: str, rows: Sequence[tuple[str, Candidate]], names: Sequence[str]) -> Table:
     """``decode`` is the speed of an answer, ``prefill`` that of reading the prompt; a column of labels where there are any."""
-    right = ("decode", "prefill", "fullest GPU")
+    right = ("decode", "prefill", "GiB on each GPU")
     labelled = any(label for label, _ in rows)
     table = new_table(*[""] * labelled, "placement", *right, title=title, right=right)
     for label, candidate in rows:
-        fills = [
-            memory.total_bytes / limit for memory, limit in zip(candidate.memory.devices, candidate.limits, strict=True) if limit
-        ]
         table.add_row(
             *[label] * labelled,
             in_words(candidate.placement, names) + ("" if candidate.fits else " (does not fit)"),
             rate(candidate.decode_tokens_per_s),
             rate(candidate.prefill_tokens_per_s),
-            f"{max(fills, default=0):.0%}",
+            " + ".join(f"{device.total_bytes / GIB:.1f}" if device.total_bytes else "-" for device in candidate.memory.devices),
         )
     return table
 

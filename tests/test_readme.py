@@ -1,9 +1,10 @@
-"""The README against the program: its table of the demo, its settings, its commands, its links.
+"""The README against the program: its tables of the demo, its plan, its settings, its commands, its links.
 
-``python -m tests.test_readme`` (``make readme``) writes the demo's table anew.
+``python -m tests.test_readme`` (``make readme``) writes what is printed anew.
 """
 
 import re
+import tempfile
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -16,16 +17,47 @@ README = ROOT / "README.md"
 DEMO = re.compile(r"(?<=<!-- demo:begin \(make demo ONCE=1\) -->\n).*?(?=<!-- demo:end -->)", re.DOTALL)
 
 
+PLAN = re.compile(r"(?<=<!-- plan:begin -->\n).*?(?=<!-- plan:end -->)", re.DOTALL)
+RIG = """
+host = {total = "64GiB", free = "56GiB"}
+[[gpu]]
+name = "RTX 5090"
+free = "31500MiB"
+[[gpu]]
+name = "RTX 3090"
+free = "23700MiB"
+"""
+
+
+def plan_block(folder: Path) -> str:
+    """What ``lopsided plan`` prints for a 70B on a rig that is written down, and for two other quantizations of it."""
+    profile = folder / "rig.toml"
+    profile.write_text(RIG)
+    model = ROOT / "proxy" / "simulator" / "models" / "llama3.3-70b-q4km.gguf"
+    done = printed("plan", str(model), "--ctx", "8192", "--quant", "Q3_K_M,Q5_K_M", LOPSIDED_PROFILE=str(profile))
+    kept = [line for line in done.splitlines() if "header only" not in line]
+    return "```\n" + "\n".join(kept).strip() + "\n```\n"
+
+
+def printed(*arguments: str, **environment: str) -> str:
+    """The output of ``lopsided`` where no other settings are set."""
+    unset = {str(field.validation_alias): None for field in Settings.model_fields.values()}
+    done = CliRunner(env={**unset, "LOPSIDED_CONFIG": None, "COLUMNS": None, **environment}).invoke(main, list(arguments))
+    assert done.exit_code == 0, done.output
+    return str(done.stdout)
+
+
 def demo_block() -> str:
     """What ``make demo ONCE=1`` prints where no settings are set, as a block of Markdown."""
-    unset = {str(field.validation_alias): None for field in Settings.model_fields.values()}
-    done = CliRunner(env={**unset, "LOPSIDED_CONFIG": None, "COLUMNS": None}).invoke(main, ["demo", "--once"])
-    assert done.exit_code == 0, done.output
-    return f"```\n{done.stdout.strip()}\n```\n"
+    return f"```\n{printed('demo', '--once').strip()}\n```\n"
 
 
 def test_the_table_is_what_the_demo_prints():
     assert DEMO.search(README.read_text())[0] == demo_block(), "run make readme"
+
+
+def test_the_plan_is_what_the_command_prints(tmp_path):
+    assert PLAN.search(README.read_text())[0] == plan_block(tmp_path), "run make readme"
 
 
 def test_the_table_of_settings_names_exactly_the_settings():
@@ -47,4 +79,6 @@ def test_every_file_that_the_pages_point_to_exists():
 
 
 if __name__ == "__main__":
-    README.write_text(DEMO.sub(lambda _: demo_block(), README.read_text()))
+    text = DEMO.sub(lambda _: demo_block(), README.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        README.write_text(PLAN.sub(lambda _: plan_block(Path(folder)), text))

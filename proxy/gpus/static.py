@@ -30,6 +30,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,6 +138,14 @@ class _HostEntry(_Entry):
 class _Profile(_Entry):
     gpu: list[_GpuEntry] = Field(min_length=1)
     host: _HostEntry = _HostEntry()
+
+
+def with_cards(rig: Rig, arguments: Sequence[str]) -> Rig:
+    """``rig`` with more cards behind its own, each as ``--gpu`` takes it. Raises ``GpuError`` for one that is not known."""
+    if not arguments:
+        return rig
+    added = StaticSource.from_arguments(arguments).rig().gpus
+    return replace(rig, gpus=(*rig.gpus, *(replace(gpu, uuid=f"added-{i}") for i, gpu in enumerate(added))))
 
 
 def _argument(text: str) -> _GpuEntry:

@@ -40,10 +40,15 @@ def test_devices_are_in_ollamas_order(url):
 
 def test_a_plan_has_the_shape_that_the_command_line_prints_too(url):
     plan = get(url + "/lopsided/plan?model=qwen2.5:32b&num_ctx=32768").json()
-    assert plan.keys() == {"model", "gpus", "request", "plan", "stock", "alternatives", "reasons", "delivery"}
+    parts = {"model", "gpus", "request", "plan", "stock", "alternatives", "binding", "frontier", "reasons", "delivery"}
+    assert plan.keys() == parts
     assert plan["request"]["num_ctx"] == 32768
     assert plan["plan"]["kind"] == "solo"
     assert plan["plan"]["layers"] == [65, 0]
+    assert plan["binding"] is None
+    assert all(other["layers"] != [65, 0] for other in plan["alternatives"])
+    assert [point["kind"] for point in plan["frontier"]] == ["solo", "split", "partial"]
+    assert 32768 < plan["frontier"][0]["num_ctx"] < plan["frontier"][1]["num_ctx"]
     assert plan["delivery"]["options"]["main_gpu"] == 0
     assert plan["delivery"]["launcher"][:2] == ["--device", "CUDA0"]
     assert {"weights_bytes", "kv_bytes", "compute_bytes", "total_bytes", "limit_bytes"} <= plan["plan"]["devices"][0].keys()

@@ -168,7 +168,8 @@ def test_devices_come_from_the_profile_of_the_settings(tmp_path):
 @pytest.mark.parametrize("boost", ["auto", "1.0", "1.25", "1.5", "1.75", "2.0"])
 def test_a_plan_has_the_shape_of_the_design_at_every_boost(boost):
     plan = answer("plan", LLAMA_70B, *PAIR, "--ctx", "8192", "--boost", boost)
-    assert plan.keys() == {"model", "gpus", "request", "plan", "stock", "alternatives", "reasons", "delivery"}
+    parts = {"model", "gpus", "request", "plan", "stock", "alternatives", "binding", "frontier", "reasons", "delivery"}
+    assert plan.keys() == parts
     assert plan["request"]["num_ctx"] == 8192
     assert plan["request"]["boost"] == (boost if boost == "auto" else float(boost))
     assert [gpu.keys() for gpu in plan["gpus"]] == [{"uuid", "name", "free_bytes", "power_share"}] * 2
@@ -196,10 +197,41 @@ def test_a_plan_is_told_with_ranges_bytes_both_eras_and_reasons():
     assert re.search(r"Why\n  1\. ", text)
 
 
+def test_a_plan_tells_what_bounds_it_and_what_room_there_is_for_context():
+    text = lopsided("plan", LLAMA_70B, *PAIR, "--ctx", "8192").stdout
+    assert re.search(r"bound by the memory of RTX 5090: 0\.\d\d GiB are left, one layer more takes 0\.\d\d$", text, re.MULTILINE)
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +(.*RTX.*)$", text.partition("Room for context")[2], re.MULTILINE)
+    assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
+    assert [float(row[1]) for row in rows] == sorted((float(row[1]) for row in rows), reverse=True)
+    bound = answer("plan", LLAMA_70B, *PAIR, "--ctx", "8192")["binding"]
+    assert bound["gpu"] == 0
+    assert 0 <= bound["left_bytes"] < bound["layer_bytes"]
+
+
+def test_a_card_can_be_added_in_thought():
+    asked = ("plan", LLAMA_70B, "--gpu", "RTX 5090", "--ctx", "8192")
+    alone, both = answer(*asked), answer(*asked, "--add-gpu", "3090:20GiB")
+    assert [gpu["name"] for gpu in both["gpus"]] == ["GeForce RTX 5090", "GeForce RTX 3090"]
+    assert both["gpus"][1]["free_bytes"] == 20 * 2**30
+    assert both["plan"]["decode_tokens_per_s"] > alone["plan"]["decode_tokens_per_s"]
+    assert lopsided(*asked, "--add-gpu", "RTX 9999").exit_code == 1
+
+
+def test_other_quantizations_are_planned_beside_the_models_own():
+    found = answer("plan", LLAMA_70B, *PAIR, "--ctx", "8192", "--quant", "q3_k_m, Q4_K_M,Q5_K_M")["quantizations"]
+    assert [one["name"] for one in found] == ["Q3_K_M", "Q4_K_M", "Q5_K_M"]
+    speeds = [one["plan"]["decode_tokens_per_s"] for one in found]
+    assert speeds == sorted(speeds, reverse=True)
+    text = lopsided("plan", LLAMA_70B, *PAIR, "--ctx", "8192", "--quant", "Q8_0").stdout
+    assert re.search(r"Quantized otherwise\n[\s\S]*\n Q8_0 +69\.\d GiB +\d+ in RAM", text)
+    assert lopsided("plan", LLAMA_70B, *PAIR, "--quant", "Q9").exit_code == 2
+
+
 def test_a_split_is_told_beside_what_request_options_make_of_it():
     text = lopsided("plan", LLAMA_70B, *PAIR, "--ctx", "8192").stdout
     plan, by_options, stock = (re.search(rf"^ {label} .*", text, re.MULTILINE)[0] for label in ("plan", "by req.*?", "stock ≥"))
-    assert re.findall(r"\d+ +\d+%", by_options) == re.findall(r"\d+ +\d+%", stock) != re.findall(r"\d+ +\d+%", plan)
+    figures = re.compile(r"[\d.]+ +\d+ +[\d.]+ \+ [\d.]+$")
+    assert figures.findall(by_options) == figures.findall(stock) != figures.findall(plan)
     assert re.search(r"^X-Lopsided-Plan: split CUDA0=\d+,CUDA1=\d+; .* stock Ollama ignores$", text, re.MULTILINE)
 
 

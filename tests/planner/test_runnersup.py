@@ -1,0 +1,35 @@
+"""The next best candidates: that they fit, are others, and come in order."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from planner.choice import TIE
+from planner.plan import make_plan
+from planner.request import PlanRequest
+from planner.runnersup import RUNNERS_UP, with_runners_up
+from tests.planner import models
+
+
+@pytest.mark.parametrize("num_ctx", [4096, 8192])
+def test_a_split_has_five_runners_up_that_fit_the_best_first(num_ctx: int) -> None:
+    """Of a 70B on an unequal pair, at two contexts; none is the chosen one, none faster."""
+    rig = models.rig(models.rtx5090(), models.rtx3090())
+    plan = make_plan(models.header("llama3.3-70b-q4km"), rig, PlanRequest(num_ctx=num_ctx))
+    others = [other for other in with_runners_up(plan).alternatives if other is not plan.chosen]
+    assert len(others) >= RUNNERS_UP
+    assert len({other.placement for other in (*others, plan.chosen)}) == len(others) + 1
+    assert all(other.fits for other in others)
+    for better, worse in pairwise((plan.chosen, *others)):
+        assert worse.decode_tokens_per_s <= better.decode_tokens_per_s * (1 + TIE)
+
+
+def test_the_plan_itself_stays_as_it_is() -> None:
+    """Chosen, stock and reasons are the very same; what had enough alternatives gets no more."""
+    rig = models.rig(*(models.gpu(f"gpu{i}", 24_000, gb_per_s=500 + 100 * i) for i in range(5)))
+    plan = make_plan(models.header("llama3.1-8b-q4km"), rig, PlanRequest(num_ctx=8192))
+    told = with_runners_up(plan)
+    assert (told.chosen, told.stock, told.reasons) == (plan.chosen, plan.stock, plan.reasons)
+    assert set(map(id, told.alternatives)) == set(map(id, plan.alternatives))
