@@ -58,9 +58,7 @@ class ComputeModel:
             handed = max((handed, *(result for result, _ in attended)))
         else:
             handed = max((handed, *(result + copied for result, copied in attended)))
-        embedding = schedules.embedding_bytes
-        arriving = embedding * (1 + schedules.adds_positions) + schedules.per_layer_bytes
-        return embedding + inputs * copies + max(arriving, handed)
+        return schedules.embedding_bytes + inputs * copies + max(schedules.arriving_bytes, handed)
 
     def _size(self, size: Size) -> int:
         return size_at(size, *self._cells)

@@ -1,4 +1,4 @@
-"""What one device computes, in order: its inputs, then the program of each of its layers.
+"""What one device computes, in order: its inputs, then the program of each of its layers (``programs``).
 
 llama.cpp (b10488) cuts the graph of a micro-batch into the parts that run on each device (``ggml_backend_sched_split_graph``,
 ``ggml/src/ggml-backend.cpp``). Nothing here depends on the number of cells, so that a schedule serves every context; layers of a
@@ -12,11 +12,8 @@ from itertools import groupby, pairwise
 
 from planner.allocator import align
 from planner.cache import layer_caches
-from planner.families import family_of
 from planner.graph import (
     LATE_OUTPUTS,
-    SPARSE_GEMMA3N_LAYERS,
-    LayerGraph,
     attends_in_ram,
     fetches_early,
     is_mamba,
@@ -42,7 +39,8 @@ from planner.inputs import (
     rotates,
 )
 from planner.profile import ModelProfile
-from planner.tape import STEADY, Program, Size, Tape
+from planner.programs import Programs, adds_positions, layer_kinds
+from planner.tape import STEADY, Program, Size
 
 PRE_NORMS = frozenset({"attn_norm.weight", "ln1.weight"})
 """Tensors with which a layer begins; some architectures norm only what attention and feed-forward return."""
@@ -106,7 +104,7 @@ class Schedules:
         tensors = profile.layer_tensors
         self._early_layers = {i for i, kind in enumerate(self._kinds) if fetches_early(tensors[kind])}
         self._mamba_layers = [i for i in sorted(self._early_layers) if is_mamba(tensors[i])]
-        self._programs: dict[object, Program] = {}
+        self._programs = Programs(profile, scale)
         self._parts: dict[DevicePart, Schedule] = {}
         self._alikes: dict[object, Schedule] = {}
         self._read_by: dict[tuple[int, bool, bool], tuple[int, ...]] = {}
@@ -149,14 +147,9 @@ class Schedules:
         return fixed, ((0, growth) if cache.windowed else (growth, 0))
 
     @property
-    def adds_positions(self) -> bool:
-        """Whether a table of positions is added to the embedding: it arrives beside it, as ``NORMED``."""
-        return "position_embd.weight" in self._profile.model_tensors
-
-    @property
-    def per_layer_bytes(self) -> int:
-        """Bytes of the embeddings of each layer (Gemma 3n, Gemma 4)."""
-        return self.sizes[PER_LAYER][0]
+    def arriving_bytes(self) -> int:
+        """Bytes of the embedding as it arrives, with positions beside it and the embeddings of each layer (Gemma 3n, Gemma 4)."""
+        return self.embedding_bytes * (1 + adds_positions(self._profile)) + self.sizes[PER_LAYER][0]
 
     def _alike(self, part: DevicePart) -> object:
         """Equal for parts whose buffers are equal: layers of the same kinds in the same order, and the same inputs."""
@@ -172,7 +165,7 @@ class Schedules:
         normed = part.normed and self._begins_normed(part.layers.start)
         late_output = part.output and self._profile.architecture in LATE_OUTPUTS
         arrival = [RESIDUAL] if part.first or not normed else [NORMED]
-        arrival += [NORMED] if part.first and self.adds_positions else []
+        arrival += [NORMED] if part.first and adds_positions(self._profile) else []
         arrival += [PER_LAYER] if self._has(PER_LAYER) and not part.first and not self._altup else []
         inputs: list[int] = []
         if not part.visitors:
@@ -180,11 +173,11 @@ class Schedules:
             inputs += [OUTPUT_ROWS] if late_output else []
         names = dict.fromkeys((*arrival, *inputs, *(() if RESIDUAL in arrival else (RESIDUAL,))))
         narrow: Size = (self.embedding_bytes, STEADY)
-        programs = [self._prelude(part.copies > 1)] if part.first else []
+        programs = [self._programs.prelude(part.copies > 1)] if part.first else []
         programs += self._layers(part, own, normed=normed, late_output=late_output)
-        programs += [self._foreign(i) for i in part.foreign_experts]
-        programs += [self._next_norm()] if part.sends_norm and self._begins_normed(part.layers.stop) else []
-        programs += [self._output(pinned=part.copies > 1 and not own)] if part.output else []
+        programs += [self._programs.foreign(i) for i in part.foreign_experts]
+        programs += [self._programs.next_norm()] if part.sends_norm and self._begins_normed(part.layers.stop) else []
+        programs += [self._programs.output(pinned=part.copies > 1 and not own)] if part.output else []
         return Schedule(
             unnamed=(*self._hoisted(part), *self._streams(part), *self._borrowed(part), *self._answers(part)),
             inputs=tuple((name, narrow if name == RESIDUAL and part.first else self.sizes[name]) for name in names),
@@ -222,10 +215,10 @@ class Schedules:
             kept = all_read
             if i in ends and not pinned:
                 kept = frozenset(name for name, reader in last_reader.items() if reader != i)
-            if begins and pinned and (not part.first or not self._has_prelude):
+            if begins and pinned and (not part.first or not self._programs.has_prelude):
                 kept |= {RESIDUAL, NORMED}
             programs.append(
-                self._layer(
+                self._programs.layer(
                     i,
                     offloaded=visits,
                     host_experts=i in part.host_experts,
@@ -358,152 +351,6 @@ class Schedules:
             return tuple(name for name in names if name in (POSITIONS, KEY_ROTATION - offset))
         mask = () if self._scale.attention == "host" and not on_host else (MASK - offset,)
         return (*names, *mask, *extra)
-
-    # programs
-
-    @property
-    def _has_prelude(self) -> bool:
-        return scales_embedding(self._profile) or self.adds_positions or self._has(PER_LAYER)
-
-    def _prelude(self, pinned: bool) -> Program:
-        """What happens to the embedding before the first layer."""
-        key = ("prelude", pinned)
-        if key in self._programs:
-            return self._programs[key]
-        tape = Tape()
-        result = RESIDUAL
-        exports: dict[int, int] = {}
-        narrow = self.embedding_bytes
-        if scales_embedding(self._profile):
-            result = tape.op(narrow, RESIDUAL, into=(RESIDUAL,))
-        elif self.adds_positions:
-            result = tape.op(narrow, RESIDUAL, NORMED, into=(RESIDUAL, NORMED))
-        if self._has(PER_LAYER):
-            size, _ = self.sizes[PER_LAYER]
-            rows = tape.op(size)
-            projected = tape.op(size, result)
-            normed = tape.op(size, projected)
-            exports[PER_LAYER] = tape.op(size, tape.op(size, normed, rows, into=(normed,)))
-            if self._profile.integer("altup.num_inputs"):
-                wide, _ = self.sizes[RESIDUAL]
-                rest = tape.op(wide - narrow, result)
-                result = tape.op(wide, result, rest)
-        if result != RESIDUAL:
-            exports[RESIDUAL] = result
-        sizes = {**self.sizes, RESIDUAL: (narrow, STEADY)}
-        kept = frozenset({RESIDUAL, NORMED} if pinned else ()) if exports else {RESIDUAL}
-        found = self._programs[key] = tape.compile(exports, sizes=sizes, kept=kept)
-        return found
-
-    def _layer(
-        self,
-        i: int,
-        *,
-        offloaded: bool,
-        host_experts: bool,
-        experts_away: bool,
-        normed: bool,
-        brings: tuple[int, ...],
-        has_states: bool,
-        fetches_states: bool,
-        pipelined: bool,
-        kept: frozenset[int],
-    ) -> Program:
-        last = i == self._n - 1
-        where = (offloaded, host_experts, experts_away, normed, pipelined)
-        key = (self._kinds[i], last, where, brings, has_states, fetches_states, kept)
-        found = self._programs.get(key)
-        if found is None:
-            graph = LayerGraph(
-                self._profile,
-                i,
-                self._caches[i],
-                self._scale,
-                last=last,
-                offloaded=offloaded,
-                host_experts=host_experts,
-                experts="away" if experts_away else "here",
-                normed=normed,
-                brings={name: self.sizes[name] for name in brings},
-                has_states=has_states,
-                fetches_states=fetches_states,
-                pipelined=pipelined,
-            )
-            exports = {RESIDUAL: graph.result, **graph.brought}
-            found = self._programs[key] = graph.tape.compile(exports, sizes=self.sizes, kept=kept)
-        return found
-
-    def _foreign(self, i: int) -> Program:
-        """The routed experts of a layer of another device, whose weights lie in RAM."""
-        key = ("experts", self._kinds[i])
-        if key not in self._programs:
-            graph = LayerGraph(self._profile, i, self._caches[i], self._scale, host_experts=True, experts="only")
-            graph.tape.use(graph.result)
-            self._programs[key] = graph.tape.compile({}, sizes=self.sizes, kept=frozenset(self.sizes))
-        return self._programs[key]
-
-    def _next_norm(self) -> Program:
-        """The first norm of the next device's first layer."""
-        key = "next norm"
-        if key not in self._programs:
-            tape = Tape()
-            result = tape.op(self.sizes[NORMED][0])
-            self._programs[key] = tape.compile({NORMED: result}, sizes={})
-        return self._programs[key]
-
-    def _output(self, *, pinned: bool) -> Program:
-        """The last norm, the choice of rows, and the logits. ``pinned``: the residual is an input of the device."""
-        key = ("output", pinned)
-        if key in self._programs:
-            return self._programs[key]
-        profile, scale = self._profile, self._scale
-        tape = Tape()
-        family = family_of(profile.architecture)
-        encoder = family is not None and "encoder" in family.features
-        late = profile.architecture in LATE_OUTPUTS
-        tokens = scale.tokens if late or encoder else scale.outputs
-        width = profile.embedding_length
-        shifted = "output_norm.bias" in profile.model_tensors  # a LayerNorm, which never works in place
-        x = tape.op(width * tokens * F32, RESIDUAL, into=() if shifted else (RESIDUAL,))
-        exports = {}
-        if encoder:
-            mean = tape.op(scale.tokens * scale.tokens * F32)
-            exports[NORMED] = tape.op(width * F32, x, tape.op(width * tokens * F32, x), mean)
-        else:
-            if late:
-                exports[NORMED] = x
-                x = tape.op(width * scale.outputs * F32, x, OUTPUT_ROWS)
-            exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
-        found = self._programs[key] = tape.compile(
-            exports, sizes=self.sizes, kept={MASK, MASK - WINDOW, *((RESIDUAL,) if pinned else ())}
-        )
-        return found
-
-
-def layer_kinds(profile: ModelProfile) -> tuple[int, ...]:
-    """For each computed layer the first of its kind: one with equal tensors, an equal cache and an equal place in the model."""
-    found: tuple[int, ...] | None = profile.memo.get("layer_kinds")
-    if found is None:
-        first: dict[object, int] = {}
-        heads = profile.per_layer("attention.head_count")
-        sparse = profile.architecture == "gemma3n"
-        kinds = zip(profile.tensor_kinds, layer_caches(profile), heads, strict=True)
-        found = profile.memo["layer_kinds"] = tuple(
-            first.setdefault((tensors, id(cache), head_count, sparse and i < SPARSE_GEMMA3N_LAYERS), i)
-            for i, (tensors, cache, head_count) in enumerate(kinds)
-            if i < profile.n_computed_layers
-        )
-    return found
-
-
-def scales_embedding(profile: ModelProfile) -> bool:
-    """Whether the embedding is multiplied by a constant on the first device."""
-    architecture = profile.architecture
-    return (
-        architecture.startswith(("gemma", "minicpm"))
-        or architecture in {"afmoe", "grok"}
-        or bool(profile.metadata.get(f"{architecture}.embedding_scale"))
-    )
 
 
 def schedules_of(profile: ModelProfile, scale: Scale) -> Schedules:

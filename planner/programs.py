@@ -1,0 +1,179 @@
+"""The programs of a device: its layers, and what comes before the first and after the last.
+
+Nothing here knows which layers share a device: ``schedule`` puts programs in order. Layers of a kind share one.
+"""
+
+from __future__ import annotations
+
+from planner.cache import layer_caches
+from planner.families import family_of
+from planner.graph import LATE_OUTPUTS, SPARSE_GEMMA3N_LAYERS, LayerGraph
+from planner.inputs import F32, MASK, NORMED, OUTPUT_ROWS, PER_LAYER, RESIDUAL, WINDOW, Scale, embedding_bytes, input_sizes
+from planner.profile import ModelProfile
+from planner.tape import STEADY, Program, Tape
+
+
+class Programs:
+    """Programs of one model at one scale, each made once."""
+
+    def __init__(self, profile: ModelProfile, scale: Scale) -> None:
+        self._profile = profile
+        self._scale = scale
+        self._caches = layer_caches(profile)
+        self._kinds = layer_kinds(profile)
+        self._n = profile.n_computed_layers
+        self._sizes = input_sizes(profile, scale)
+        self._embedding_bytes = embedding_bytes(profile, scale)
+        self._has_per_layer = self._sizes[PER_LAYER] != (0, STEADY)
+        self._made: dict[object, Program] = {}
+
+    @property
+    def has_prelude(self) -> bool:
+        """Whether anything happens to the embedding before the first layer."""
+        return scales_embedding(self._profile) or adds_positions(self._profile) or self._has_per_layer
+
+    def prelude(self, pinned: bool) -> Program:
+        """What happens to the embedding before the first layer."""
+        key = ("prelude", pinned)
+        if key in self._made:
+            return self._made[key]
+        tape = Tape()
+        result = RESIDUAL
+        exports: dict[int, int] = {}
+        narrow = self._embedding_bytes
+        if scales_embedding(self._profile):
+            result = tape.op(narrow, RESIDUAL, into=(RESIDUAL,))
+        elif adds_positions(self._profile):
+            result = tape.op(narrow, RESIDUAL, NORMED, into=(RESIDUAL, NORMED))
+        if self._has_per_layer:
+            size, _ = self._sizes[PER_LAYER]
+            rows = tape.op(size)
+            projected = tape.op(size, result)
+            normed = tape.op(size, projected)
+            exports[PER_LAYER] = tape.op(size, tape.op(size, normed, rows, into=(normed,)))
+            if self._profile.integer("altup.num_inputs"):
+                wide, _ = self._sizes[RESIDUAL]
+                rest = tape.op(wide - narrow, result)
+                result = tape.op(wide, result, rest)
+        if result != RESIDUAL:
+            exports[RESIDUAL] = result
+        sizes = {**self._sizes, RESIDUAL: (narrow, STEADY)}
+        kept = frozenset({RESIDUAL, NORMED} if pinned else ()) if exports else {RESIDUAL}
+        found = self._made[key] = tape.compile(exports, sizes=sizes, kept=kept)
+        return found
+
+    def layer(
+        self,
+        i: int,
+        *,
+        offloaded: bool,
+        host_experts: bool,
+        experts_away: bool,
+        normed: bool,
+        brings: tuple[int, ...],
+        has_states: bool,
+        fetches_states: bool,
+        pipelined: bool,
+        kept: frozenset[int],
+    ) -> Program:
+        """A layer; ``kept`` are the inputs that are still read after it, the rest is as in ``LayerGraph``."""
+        last = i == self._n - 1
+        where = (offloaded, host_experts, experts_away, normed, pipelined)
+        key = (self._kinds[i], last, where, brings, has_states, fetches_states, kept)
+        found = self._made.get(key)
+        if found is None:
+            graph = LayerGraph(
+                self._profile,
+                i,
+                self._caches[i],
+                self._scale,
+                last=last,
+                offloaded=offloaded,
+                host_experts=host_experts,
+                experts="away" if experts_away else "here",
+                normed=normed,
+                brings={name: self._sizes[name] for name in brings},
+                has_states=has_states,
+                fetches_states=fetches_states,
+                pipelined=pipelined,
+            )
+            exports = {RESIDUAL: graph.result, **graph.brought}
+            found = self._made[key] = graph.tape.compile(exports, sizes=self._sizes, kept=kept)
+        return found
+
+    def foreign(self, i: int) -> Program:
+        """The routed experts of a layer of another device, whose weights lie in RAM."""
+        key = ("experts", self._kinds[i])
+        if key not in self._made:
+            graph = LayerGraph(self._profile, i, self._caches[i], self._scale, host_experts=True, experts="only")
+            graph.tape.use(graph.result)
+            self._made[key] = graph.tape.compile({}, sizes=self._sizes, kept=frozenset(self._sizes))
+        return self._made[key]
+
+    def next_norm(self) -> Program:
+        """The first norm of the next device's first layer."""
+        key = "next norm"
+        if key not in self._made:
+            tape = Tape()
+            result = tape.op(self._sizes[NORMED][0])
+            self._made[key] = tape.compile({NORMED: result}, sizes={})
+        return self._made[key]
+
+    def output(self, *, pinned: bool) -> Program:
+        """The last norm, the choice of rows, and the logits. ``pinned``: the residual is an input of the device."""
+        key = ("output", pinned)
+        if key in self._made:
+            return self._made[key]
+        profile, scale = self._profile, self._scale
+        tape = Tape()
+        family = family_of(profile.architecture)
+        encoder = family is not None and "encoder" in family.features
+        late = profile.architecture in LATE_OUTPUTS
+        tokens = scale.tokens if late or encoder else scale.outputs
+        width = profile.embedding_length
+        shifted = "output_norm.bias" in profile.model_tensors  # a LayerNorm, which never works in place
+        x = tape.op(width * tokens * F32, RESIDUAL, into=() if shifted else (RESIDUAL,))
+        exports = {}
+        if encoder:
+            mean = tape.op(scale.tokens * scale.tokens * F32)
+            exports[NORMED] = tape.op(width * F32, x, tape.op(width * tokens * F32, x), mean)
+        else:
+            if late:
+                exports[NORMED] = x
+                x = tape.op(width * scale.outputs * F32, x, OUTPUT_ROWS)
+            exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
+        found = self._made[key] = tape.compile(
+            exports, sizes=self._sizes, kept={MASK, MASK - WINDOW, *((RESIDUAL,) if pinned else ())}
+        )
+        return found
+
+
+def layer_kinds(profile: ModelProfile) -> tuple[int, ...]:
+    """For each computed layer the first of its kind: one with equal tensors, an equal cache and an equal place in the model."""
+    found: tuple[int, ...] | None = profile.memo.get("layer_kinds")
+    if found is None:
+        first: dict[object, int] = {}
+        heads = profile.per_layer("attention.head_count")
+        sparse = profile.architecture == "gemma3n"
+        kinds = zip(profile.tensor_kinds, layer_caches(profile), heads, strict=True)
+        found = profile.memo["layer_kinds"] = tuple(
+            first.setdefault((tensors, id(cache), head_count, sparse and i < SPARSE_GEMMA3N_LAYERS), i)
+            for i, (tensors, cache, head_count) in enumerate(kinds)
+            if i < profile.n_computed_layers
+        )
+    return found
+
+
+def scales_embedding(profile: ModelProfile) -> bool:
+    """Whether the embedding is multiplied by a constant on the first device."""
+    architecture = profile.architecture
+    return (
+        architecture.startswith(("gemma", "minicpm"))
+        or architecture in {"afmoe", "grok"}
+        or bool(profile.metadata.get(f"{architecture}.embedding_scale"))
+    )
+
+
+def adds_positions(profile: ModelProfile) -> bool:
+    """Whether a table of positions is added to the embedding: it arrives beside it, as ``NORMED``."""
+    return "position_embd.weight" in profile.model_tensors
