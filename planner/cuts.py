@@ -18,7 +18,8 @@ from typing import Literal
 from planner.speed import HOP_SECONDS
 
 EXACT_GPUS = 3
-"""GPUs up to which every order and every cut is looked at: more would take longer than a plan may."""
+"""GPUs up to which every order and every cut is looked at: more would take longer than a plan may. So few are all used (the last
+may hold the output layer alone), since compute buffers depend on how many there are: subsets are problems of their own."""
 
 SLACK_LAYERS = 2
 """Layers by which a device may stay below its limit, where not every cut is looked at."""
@@ -109,7 +110,7 @@ class Problem:
             hop = HOP_SECONDS if position < last else 0.0
             under = self._most(rooms[0]) if position == 1 and self.host_inverse is None else None
             quickest = min(*(self.inverse[gpu] for gpu in order[: position + 1]), self.host_inverse or inf)
-            some = self._exact and position < last  # a device without a layer is another subset's
+            some = self._exact and position < last
             least = position * self._exact + (self.host_inverse is not None)
             following: dict[int, tuple[float, tuple[int, ...]]] = {}
             for end, (seconds, counts) in states.items():
