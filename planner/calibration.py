@@ -125,7 +125,7 @@ def _middle_rows(
             by_run.setdefault(row.run, []).append(row)
     middles = []
     for rows in by_run.values():
-        rows.sort(key=lambda row: (row.seconds / sum(row.parts(slowness).values()), row.seconds))
+        rows.sort(key=lambda row: (row.seconds / sum(row.parts(slowness).values()), row.seconds, row.work))
         middles.append(replace(rows[(len(rows) - 1) // 2], count=len(rows)))
     return sorted(middles, key=lambda row: (row.run.devices, row.run.model, row.work, row.seconds))  # whatever order they came in
 

@@ -61,6 +61,7 @@ def estimate_memory(
     unknown = family_of(profile.architecture) is None
     factor = UNKNOWN_COMPUTE_FACTOR if unknown else 1
     projector_gpu = min(placement.order, default=None)
+    cpu_experts = frozenset(i for i in placement.cpu_experts if profile.layers[i].expert_bytes)  # others have nothing to move
     weights = profile.weights_before
     caches = tuple(accumulate(cache_bytes(profile, settings), initial=0))
     compute = compute_model(profile, settings, cpu_layers=placement.cpu_layers)
@@ -81,13 +82,13 @@ def estimate_memory(
             sends_norm=dry and gpu != placement.order[-1],
             output=output,
             copies=copies,
-            host_experts=frozenset(i for i in placement.cpu_experts if i in run),
-            foreign_experts=() if place else tuple(sorted(i for i in placement.cpu_experts if i >= run.stop)),
+            host_experts=frozenset(i for i in cpu_experts if i in run),
+            foreign_experts=() if place else tuple(sorted(i for i in cpu_experts if i >= run.stop)),
         )
         devices[gpu] = DeviceMemory(
             weights_bytes=weights[run.stop]
             - weights[run.start]
-            - sum(profile.layers[i].expert_bytes for i in placement.cpu_experts if i in run)
+            - sum(profile.layers[i].expert_bytes for i in cpu_experts if i in run)
             + (profile.output_bytes if output else 0)
             + (projector_bytes if gpu == projector_gpu else 0),
             kv_bytes=caches[run.stop] - caches[run.start],
@@ -97,7 +98,7 @@ def estimate_memory(
     host = DeviceMemory(
         weights_bytes=profile.input_bytes
         + weights[placement.cpu_layers]
-        + sum(profile.layers[i].expert_bytes for i in placement.cpu_experts if i >= placement.cpu_layers)
+        + sum(profile.layers[i].expert_bytes for i in cpu_experts if i >= placement.cpu_layers)
         + (profile.output_bytes - profile.tied_bytes if placement.output_gpu is None else 0)
         + (projector_bytes if projector_gpu is None else 0),
         kv_bytes=caches[placement.cpu_layers],

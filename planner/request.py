@@ -39,6 +39,8 @@ class PlanRequest:
     * ``margin_bytes``: bytes that a plan leaves free on each GPU; wider after a load that failed.
     * ``runtime_bytes``: the fixed cost of each GPU that is used.
     * ``calibration``: rates learned from real answers, ``None``: predicted from the cards' data.
+
+    Raises ``ValueError`` for an objective without tokens, or with negative ones.
     """
 
     num_ctx: int | None = None
@@ -58,6 +60,10 @@ class PlanRequest:
     margin_bytes: int = MARGIN_BYTES
     runtime_bytes: int = RUNTIME_BYTES
     calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.objective, tuple) and (min(self.objective) < 0 or not sum(self.objective)):
+            raise ValueError(f"a turn of {self.objective[0]} tokens of prompt and {self.objective[1]} of answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

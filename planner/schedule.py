@@ -201,8 +201,10 @@ class Schedules:
         if late_output:
             last_reader[OUTPUT_ROWS] = self._n
             first_reader.setdefault(OUTPUT_ROWS, self._n)
+        if self._altup and not part.first:
+            last_reader[PER_LAYER] = self._n  # one of the device's unnamed tensors, see _streams
         waiting = set(first_reader) - {PER_LAYER} if part.visitors else set()
-        all_read = frozenset(last_reader)
+        everything_given = self.host_inputs.union(last_reader)  # a visitor may read what this device has no copy of
         ends = set(last_reader.values())
         programs = []
         for i in everything:
@@ -212,9 +214,9 @@ class Schedules:
             if visits and i == part.visitors[-1]:
                 brings = waiting
             waiting = waiting - brings
-            kept = all_read
+            kept = everything_given
             if i in ends and not pinned:
-                kept = frozenset(name for name, reader in last_reader.items() if reader != i)
+                kept = kept.difference(name for name, reader in last_reader.items() if reader == i)
             if begins and pinned and (not part.first or not self._programs.has_prelude):
                 kept |= {RESIDUAL, NORMED}
             programs.append(

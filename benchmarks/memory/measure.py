@@ -39,6 +39,8 @@ SPLITS = {
     "layer31": "-ts 3,1 -ngl 999",
     "part20": "-sm none -mg 0 -ngl 20",
     "part4": "-sm none -mg 0 -ngl 4",
+    "spill13": "-ts 1,3 -ngl 12",
+    "spill31": "-ts 3,1 -ngl 24",
 }
 """What each split means to llama.cpp."""
 
@@ -117,6 +119,15 @@ def caches() -> Iterator[Case]:
             yield case(model, 8192, 512, key, "solo", kv_v=value, flash_attention=False)
 
 
+def spills() -> Iterator[Case]:
+    """Layers in RAM beside two GPUs, and beside one whose values are quantized further than its keys."""
+    for model, split in product((*FIRST, *SECOND), ("spill13", "spill31")):
+        yield case(model, 8192, 512, "f16", split)
+        yield case(model, 32768, 1024, "q8_0", split)
+    for model, split in product((*FIRST, *SECOND), ("part4", "part20")):
+        yield case(model, 8192, 512, "q8_0", split, kv_v="q4_0")
+
+
 def arguments(load: Case, path: Path) -> list[str]:
     """The command line of a load."""
     parallel = load.get("parallel", 1)
@@ -188,7 +199,8 @@ def measure(tool: str, loads: list[Case]) -> list[Case]:
 
 def main(tool: str) -> None:
     """Writes the tables."""
-    for name, loads in (("models", list(models())), ("families", list(families())), ("caches", list(caches()))):
+    for name, cases in (("models", models), ("families", families), ("caches", caches), ("spills", spills)):
+        loads = list(cases())
         rows = measure(tool, loads)
         text = ",\n".join(json.dumps(row) for row in rows)
         (DATA / "memory" / f"{name}.json").write_text(f"[\n{text}\n]\n")

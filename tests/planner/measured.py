@@ -18,7 +18,9 @@ from planner.units import MIB
 from proxy.gguf import read_profile
 
 DATA = Path(__file__).parents[1] / "data"
-SHARES = {"layer": (1, 1), "layer13": (1, 3), "layer31": (3, 1)}
+SHARES = {"layer": (1, 1), "layer13": (1, 3), "layer31": (3, 1), "spill13": (1, 3), "spill31": (3, 1)}
+OFFLOADED = {"spill13": 12, "spill31": 24}
+"""Layers on the GPUs, the output layer among them, where it is not all of them."""
 
 
 @cache
@@ -35,9 +37,15 @@ def placement_of(split: str, n_layers: int) -> Placement:
         layers = min(int(split.removeprefix("part")) - 1, n_layers)
         return Placement(layers=(layers,), order=(0,), output_gpu=0, cpu_layers=n_layers - layers)
     shares = SHARES[split]
+    offloaded = min(OFFLOADED.get(split, n_layers + 1), n_layers + 1)
     ends = [end / sum(shares) for end in accumulate(shares)]
-    homes = [next(gpu for gpu, end in enumerate(ends) if end > layer / (n_layers + 1)) for layer in range(n_layers)]
-    return Placement(layers=tuple(homes.count(gpu) for gpu in range(len(shares))), order=(0, 1), output_gpu=1)
+    homes = [next(gpu for gpu, end in enumerate(ends) if end > layer / offloaded) for layer in range(offloaded - 1)]
+    return Placement(
+        layers=tuple(homes.count(gpu) for gpu in range(len(shares))),
+        order=(0, 1),
+        output_gpu=1,
+        cpu_layers=n_layers - len(homes),
+    )
 
 
 def settings_of(row: dict[str, Any]) -> LoadSettings:

@@ -17,7 +17,7 @@ from planner.settings import LoadSettings
 from planner.units import MIB
 from tests.planner.measured import DATA, Difference, differences, estimate_of, profile_of, read_table
 
-TABLES = ("models", "families", "caches")
+TABLES = ("models", "families", "caches", "spills")
 MODELS = sorted(path.stem for path in (DATA / "gguf").glob("*.gguf"))
 FAMILIES = sorted(f"families/{path.stem}" for path in (DATA / "gguf" / "families").glob("*.gguf"))
 
@@ -30,7 +30,7 @@ def found(table: str) -> tuple[Difference, ...]:
 @pytest.mark.parametrize("table", TABLES)
 def test_weights_and_caches_are_exact(table: str) -> None:
     """Weights, KV cells and recurrent states are exact to 1 MiB on every device and on the host."""
-    assert len(found(table)) > 300
+    assert len(found(table)) > 250
     assert [d for d in found(table) if max(abs(d.weights_mib), abs(d.kv_mib)) > 1] == []
 
 
@@ -68,6 +68,14 @@ def test_totals_of_other_cache_types() -> None:
     rows = found("caches")
     assert [d for d in rows if not d.within(0.01, 32)] == []
     assert {d.row["kv"] for d in rows} | {d.row["kv_v"] for d in rows} >= {"f32", "bf16", "q5_1", "q5_0", "q4_1", "iq4_nl"}
+
+
+def test_totals_of_layers_in_ram_beside_two_gpus() -> None:
+    """Within 1 % or 32 MiB on nine devices of ten, never more than 96 MiB too low; Gemma 3n's are counted too high."""
+    rows = found("spills")
+    assert sum(d.within(0.01, 32) for d in rows) >= 0.92 * len(rows)
+    assert [d for d in rows if not d.within(0.03, 128) and not d.row["model"].startswith("gemma3n")] == []
+    assert [d for d in rows if d.total_mib < -96] == []
 
 
 def test_attention_without_a_kernel_costs_host_memory() -> None:
@@ -194,6 +202,35 @@ def splits(draw: st.DrawFn, n_layers: int) -> Placement:
     counts = (cuts[1] - cuts[0], cuts[2] - cuts[1], n_layers - cuts[2])
     order = tuple(gpu for gpu, count in enumerate(counts) if count)
     return Placement(layers=counts, order=order, output_gpu=order[-1] if order else None, cpu_layers=cuts[0])
+
+
+@given(data=st.data(), model=st.sampled_from([*MODELS, *FAMILIES]))
+@settings(max_examples=100, deadline=None)
+def test_every_load_has_an_estimate(data: st.DataObject, model: str) -> None:
+    """Whatever the split, the cache types and the batches, with layers and experts in RAM and without an output layer."""
+    profile = profile_of(model)
+    placement = data.draw(splits(profile.n_layers))
+    offloaded = range(placement.cpu_layers, profile.n_layers)
+    placement = replace(
+        placement,
+        output_gpu=data.draw(st.sampled_from([placement.output_gpu, None])),
+        cpu_experts=data.draw(st.frozensets(st.sampled_from(offloaded))) if offloaded else frozenset(),
+    )
+    kinds, batches = st.sampled_from(["f32", "f16", "bf16", "q8_0", "q4_0", "q5_1"]), st.sampled_from([1, 2, 64, 512, 2048])
+    ubatch, parallel = data.draw(batches), data.draw(st.integers(1, 4))
+    load = LoadSettings(
+        num_ctx=data.draw(st.sampled_from([1, 512, 8192, 131_072])),
+        parallel=parallel,
+        batch=ubatch,
+        ubatch=ubatch,
+        kv_type_k=data.draw(kinds),
+        kv_type_v=data.draw(kinds),
+        flash_attention=data.draw(st.booleans()),
+        outputs=data.draw(st.sampled_from([None, parallel])),
+    )
+    memory = estimate_memory(profile, load, placement)
+    for part in (*memory.devices, memory.host):
+        assert min(part.weights_bytes, part.kv_bytes, part.compute_bytes) >= 0
 
 
 @given(data=st.data(), profile=PROFILES)

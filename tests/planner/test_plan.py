@@ -107,6 +107,13 @@ def test_the_order_of_the_gpus_changes_nothing_but_their_numbers(profile: ModelP
     assert first == pytest.approx(second, rel=2 * TIE)
 
 
+@pytest.mark.parametrize("turn", [(0, 0), (-1, 8)])
+def test_a_turn_without_tokens_is_refused(turn: tuple[float, float]) -> None:
+    """Nothing can be fastest at it."""
+    with pytest.raises(ValueError, match="tokens of prompt"):
+        PlanRequest(objective=turn)
+
+
 def test_equal_input_gives_an_equal_plan() -> None:
     """Nothing but the arguments has a say."""
     profile = models.header(LLAMA_70B)
