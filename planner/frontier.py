@@ -36,6 +36,24 @@ Tier = Callable[[Search], Candidate | None]
 """A kind of placement: the best of its kind that fits under a search's request."""
 
 
+LEAST_CONTEXT = 4096
+"""Tokens of context that a placement must have room for to count as the best one: Ollama's own smallest default."""
+
+
+def fitted_context(profile: ModelProfile, rig: Rig, request: PlanRequest) -> int | None:
+    """The most tokens of context that the fastest placement has room for; ``None`` where nothing has room for enough.
+
+    The fastest is that of those with room for ``LEAST_CONTEXT`` (or all that the model was trained for): a card that could hold
+    a model, but hardly a prompt with it, is none. ``request.gpu``, where the model fits there, is the only placement.
+    """
+    least = min(LEAST_CONTEXT, profile.context_train or LEAST_CONTEXT)
+    if request.gpu is not None:
+        found = _largest_of(partial(_alone, request.gpu), profile, rig, request)
+        if found and found.num_ctx >= least:
+            return found.num_ctx
+    return next((point.num_ctx for point in frontier(profile, rig, request) if point.num_ctx >= least), None)
+
+
 def frontier(profile: ModelProfile, rig: Rig, request: PlanRequest) -> tuple[FrontierPoint, ...]:
     """The largest context on each GPU alone, on the two fastest, three, …, and with a rest in RAM; the fastest first.
 
@@ -45,21 +63,24 @@ def frontier(profile: ModelProfile, rig: Rig, request: PlanRequest) -> tuple[Fro
     Found by bisection to ``CONTEXT_STEP``. Where Ollama chooses the batch, and a larger one begins with a longer context, the
     context found is one at which the placement fits and ``CONTEXT_STEP`` more does not.
     """
-    longest = profile.context_train or default_num_ctx(rig)
-    most = -(-longest // CONTEXT_STEP)
-
-    def at(tier: Tier, steps: int) -> FrontierPoint | None:
-        num_ctx = min(steps * CONTEXT_STEP, longest)
-        found = tier(Search(profile, rig, replace(request, num_ctx=num_ctx)))
-        return FrontierPoint(num_ctx=num_ctx, candidate=found) if found else None
-
-    points = [point for tier in _tiers(rig) if (point := _largest(most, partial(at, tier)))]
+    points = [point for tier in _tiers(rig) if (point := _largest_of(tier, profile, rig, request))]
     kept: list[FrontierPoint] = []
     for candidate in ranked((point.candidate for point in points), request.objective):
         point = next(point for point in points if point.candidate is candidate)
         if not kept or point.num_ctx > kept[-1].num_ctx:
             kept.append(point)
     return tuple(kept)
+
+
+def _largest_of(tier: Tier, profile: ModelProfile, rig: Rig, request: PlanRequest) -> FrontierPoint | None:
+    longest = profile.context_train or default_num_ctx(rig)
+
+    def at(steps: int) -> FrontierPoint | None:
+        num_ctx = min(steps * CONTEXT_STEP, longest)
+        found = tier(Search(profile, rig, replace(request, num_ctx=num_ctx)))
+        return FrontierPoint(num_ctx=num_ctx, candidate=found) if found else None
+
+    return _largest(-(-longest // CONTEXT_STEP), at)
 
 
 def _tiers(rig: Rig) -> Iterator[Tier]:

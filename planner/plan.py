@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from planner.choice import choose, ranked
 from planner.costs import layer_costs
-from planner.hardware import Rig
+from planner.hardware import Rig, gpu_names
 from planner.layout import create_layout
 from planner.placement import on_cpu
 from planner.profile import ModelProfile
@@ -53,6 +53,10 @@ def revert(plan: Plan, candidate: Candidate, reason: str) -> Plan:
     )
 
 
+Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
+"""``make_plan``, or what stands in its place."""
+
+
 def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
     """The plan for ``request`` on ``rig``. Pure: equal input gives an equal plan."""
     search = Search(profile, rig, request)
@@ -67,11 +71,19 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
     fitting = ranked((candidate for candidate in seen if search.holds(candidate)), request.objective)
     deliverable = [candidate for candidate in fitting if candidate in by_options]
 
-    if request.boost is not None and rig.gpus:
-        chosen, first = _boosted(search, request.boost)
+    named = _on_named_gpu(request, (stock, *fitting))
+    first: tuple[str, ...] = ()
+    if request.gpu is not None:
+        said = "all on" if named else "does not fit alone on"
+        first = (f"{said} {gpu_names(rig.gpus)[request.gpu]}: {request.gpu_reason}",)
+    if named:
+        chosen = chosen_by_options = named
+    elif request.boost is not None and rig.gpus:
+        chosen, why = _boosted(search, request.boost)
+        first = (*first, *why)
         chosen_by_options = chosen if chosen.placement.kind == "solo" else stock
     else:
-        chosen, first = choose(fitting, stock, request.objective), ()
+        chosen = choose(fitting, stock, request.objective)
         chosen_by_options = choose(deliverable, stock, request.objective)
     return Plan(
         profile=profile,
@@ -85,6 +97,12 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
         rejected=rejected,
         reasons=(*first, *reasons(profile, rig, request, chosen=chosen, stock=stock, fitting=fitting, rejected=rejected)),
     )
+
+
+def _on_named_gpu(request: PlanRequest, candidates: Iterable[Candidate]) -> Candidate | None:
+    """The first of ``candidates`` that is alone on the GPU that the request names, and fits there."""
+    alone = (found for found in candidates if found.placement.kind == "solo" and found.fits)
+    return next((found for found in alone if found.placement.order == (request.gpu,)), None)
 
 
 def _without(stock: Candidate, candidates: Sequence[Candidate]) -> Iterator[Candidate]:

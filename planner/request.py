@@ -38,6 +38,9 @@ class PlanRequest:
     * ``boost``: ``None`` for the automatic search, else the boost algorithm's factor, 1.0 to 2.0.
     * ``margin_bytes``: bytes that a plan leaves free on each GPU; wider after a load that failed.
     * ``runtime_bytes``: the fixed cost of each GPU that is used.
+    * ``gpu``: the GPU that holds the whole model, by its place in the rig, and ``gpu_reason`` why. Where it does not fit there,
+      the search decides as ever. It comes before ``boost``.
+    * ``reserve_bytes``: bytes to leave free on each GPU beside the margin, in the rig's order; empty for none.
     * ``calibration``: rates learned from real answers, ``None``: predicted from the cards' data.
 
     Raises ``ValueError`` for an objective without tokens, or with negative ones.
@@ -59,6 +62,9 @@ class PlanRequest:
     objective: Objective = "decode"
     margin_bytes: int = MARGIN_BYTES
     runtime_bytes: int = RUNTIME_BYTES
+    gpu: int | None = None
+    gpu_reason: str = ""
+    reserve_bytes: tuple[int, ...] = ()
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:

@@ -51,7 +51,9 @@ class Search:
         self.request = request
         self.rates = tuple(gpu_rates(gpu, request.calibration) for gpu in rig.gpus)
         self.host = host_rates(rig.host, request.calibration)
-        self.limits = tuple(max(gpu.free_bytes - request.margin_bytes - request.gpu_overhead_bytes, 0) for gpu in rig.gpus)
+        reserves = request.reserve_bytes or (0,) * len(rig.gpus)
+        self._free = tuple(max(gpu.free_bytes - kept, 0) for gpu, kept in zip(rig.gpus, reserves, strict=True))
+        self.limits = tuple(max(free - request.margin_bytes - request.gpu_overhead_bytes, 0) for free in self._free)
         self.names = gpu_names(rig.gpus)
         self._runtime = (request.runtime_bytes,) * len(rig.gpus)
         self._sizes: dict[LoadSettings, Sizes] = {}
@@ -100,9 +102,8 @@ class Search:
         )
 
     def stock(self, load: StockLoad, label: str) -> Candidate:
-        """Stock's load as a candidate; its limits are all free bytes: it keeps margins of its own."""
-        free = tuple(gpu.free_bytes for gpu in self.rig.gpus)
-        return self.candidate(label, load.placement, load.settings, limits=free, shifts_bytes=load.shifts_bytes)
+        """Stock's load as a candidate; its limits are all free bytes: it keeps margins of its own, but knows of no reserve."""
+        return self.candidate(label, load.placement, load.settings, limits=self._free, shifts_bytes=load.shifts_bytes)
 
     def solos(self, least_batch: int) -> list[Candidate]:
         """The model on each GPU alone, with at least stock's batch where that fits too."""

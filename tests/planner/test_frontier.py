@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.frontier import CONTEXT_STEP, frontier
+from planner.frontier import CONTEXT_STEP, LEAST_CONTEXT, fitted_context, frontier
 from planner.hardware import Rig
 from planner.profile import ModelProfile
 from planner.request import PlanRequest
@@ -75,3 +75,20 @@ def test_a_trained_context_that_is_no_multiple_of_a_step_is_reached() -> None:
 def test_no_gpu_leaves_no_frontier() -> None:
     """Everything in RAM is no tier: there is nothing to keep."""
     assert frontier(models.small(n_layers=4), rig(), PlanRequest()) == ()
+
+
+@settings(max_examples=25, deadline=None)
+@given(PROFILES, rigs())
+def test_the_fitted_context_is_that_of_the_fastest_point_with_room_for_a_prompt(profile: ModelProfile, cards: Rig) -> None:
+    """Whatever its length, but for the least."""
+    least = min(LEAST_CONTEXT, profile.context_train or LEAST_CONTEXT)
+    longer = [point.num_ctx for point in frontier(profile, cards, REQUEST) if point.num_ctx >= least]
+    assert fitted_context(profile, cards, REQUEST) == (longer[0] if longer else None)
+
+
+def test_the_fitted_context_is_that_of_the_gpu_that_is_named() -> None:
+    """The slower card holds less of the cache."""
+    profile, cards = models.header("llama3.1-8b-q4km"), rig(rtx5090(), rtx3090(9000))
+    on_the_slow = fitted_context(profile, cards, replace(PlanRequest(), gpu=1))
+    assert on_the_slow is not None
+    assert on_the_slow < (fitted_context(profile, cards, PlanRequest()) or 0)

@@ -221,3 +221,30 @@ def test_a_machine_without_gpus_and_a_host_without_memory_are_answers_too() -> N
     nothing = make_plan(profile, rig(gpu("small", 2000), ram_gib=4), PlanRequest(num_ctx=4096))
     assert nothing.chosen is nothing.stock
     assert any("nothing else fits" in reason for reason in nothing.reasons)
+
+
+def test_a_named_gpu_gets_the_whole_model_whatever_its_speed_and_none_that_does_not_fit() -> None:
+    """It comes before the boost; where the model does not fit, the search decides, and the first reason says so."""
+    profile, cards = models.header("llama3.1-8b-q4km"), rig(rtx5090(), rtx3090())
+    for boost in (None, 1.5):
+        plan = make_plan(profile, cards, PlanRequest(num_ctx=4096, gpu=1, gpu_reason="a rule", boost=boost))
+        assert plan.chosen.placement.order == plan.chosen_by_options.placement.order == (1,)
+        assert plan.reasons[0].endswith(": a rule")
+    full = rig(rtx5090(), rtx3090(2000))
+    asked = PlanRequest(num_ctx=4096, gpu=1, gpu_reason="a rule")
+    plan = make_plan(profile, full, asked)
+    assert plan.chosen.placement == make_plan(profile, full, replace(asked, gpu=None)).chosen.placement
+    assert plan.reasons[0].startswith("does not fit alone on ")
+
+
+@settings(max_examples=25, deadline=None)
+@given(PROFILES, rigs(), REQUESTS, st.data())
+def test_what_is_reserved_stays_free(profile: ModelProfile, cards: Rig, request: PlanRequest, data: st.DataObject) -> None:
+    """Of every plan that fits, stock's own placement included."""
+
+    reserve = tuple(data.draw(st.integers(0, card.free_bytes)) for card in cards.gpus)
+    plan = make_plan(profile, cards, replace(request, reserve_bytes=reserve))
+    for candidate in (plan.chosen, *plan.alternatives):
+        if candidate.fits:
+            for device, card, kept in zip(candidate.memory.devices, cards.gpus, reserve, strict=True):
+                assert device.total_bytes <= card.free_bytes - kept
