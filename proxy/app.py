@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from planner.frontier import frontier
-from planner.plan import make_plan
+from planner.plan import Planner, make_plan
 from planner.runnersup import with_runners_up
 from proxy.access import LAUNCH_PATH, bears_token, is_foreign, lacks_token, refuses_host, refuses_own, without_token
 from proxy.asgi import Application, Receive, Scope, Send
@@ -38,11 +38,12 @@ from proxy.measurements import Measurements
 from proxy.ollama import Ollama
 from proxy.options import stock
 from proxy.outgoing import as_it_is, outgoing
-from proxy.placement import Placements, Planner
+from proxy.placement import Placements
 from proxy.planjson import devices_json, plan_json
 from proxy.renaming import LIST_BYTES, Held, Renamed, shown_list
 from proxy.replies import error_reply, send_reply
-from proxy.settings import Settings
+from proxy.rulefile import RuleFile
+from proxy.settings import Settings, settings_file
 from proxy.statefile import StateFile
 
 OWN_PATH = "/lopsided"
@@ -211,6 +212,7 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
     catalog, launches = Catalog(forwarder.client), Launches(time.monotonic)
     measurements = Measurements(StateFile(settings.state if settings.calibration else None, MEASUREMENTS_FILE))
     learned = LearnedPlanner(planner=planner, measurements=measurements, objective=settings.objective)
+    rules = RuleFile(settings_file())
     placements = Placements(
         ollama=ollama,
         catalog=catalog,
@@ -219,6 +221,7 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         planner=learned,
         restarts=lambda: forwarder.transport.restarts,
         launches=launches,
+        rules=rules,
     )
     launching = Launching(
         rig=placements.rig,
@@ -227,7 +230,9 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         ollama=ollama,
         settings=settings,
         launches=launches,
+        rules=rules,
         planner=learned,
+        in_force=lambda: [in_force.blob for in_force in placements.in_force()],
     )
     calibrator = Calibrator(measurements, learned, placements, off=not settings.calibration)
     derived = Derived(ollama=ollama, catalog=catalog, enabled=settings.v1)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from planner.calibration import LEAST_DECODE_TOKENS, LEAST_PROMPT_TOKENS
 from planner.hardware import Rig
 from planner.observation import observe
-from planner.plan import Plan, revert
+from planner.plan import Plan, Planner, revert
 from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
 from planner.speed import decode_seconds, gpu_rates, host_rates, model_work, work_at
@@ -28,7 +28,7 @@ from proxy.endpoints import LoadRequest
 from proxy.errors import LopsidedError
 from proxy.inforce import InForce
 from proxy.measurements import Measurement, Measurements, Place
-from proxy.placement import Decision, Placements, Planner, Running
+from proxy.placement import Decision, Placements, Running
 from proxy.verify import misplaced
 
 SAVE_S = 5.0

@@ -35,7 +35,7 @@ from planner.runnersup import with_runners_up
 from proxy.address import Address
 from proxy.calibrate import Calibrating, Report, report_json
 from proxy.calibration import LearnedPlanner
-from proxy.doctor import Sight, judge, look
+from proxy.doctor import Sight, judge, judge_rules, look
 from proxy.errors import GpuError, LopsidedError, SettingsError
 from proxy.estimate import estimate_command
 from proxy.gpus import GpuSource
@@ -49,7 +49,8 @@ from proxy.measurements import Measurements
 from proxy.options import era_of
 from proxy.planjson import devices_json, launcher_arguments, plan_json, quantization_json
 from proxy.planning import plan_for
-from proxy.settings import CACHE_TYPES, Settings, load_settings
+from proxy.rulefile import RuleFile
+from proxy.settings import CACHE_TYPES, Settings, load_settings, settings_file, unknown_variables
 from proxy.statefile import StateFile
 from proxy.tables import (
     calibration_report,
@@ -127,6 +128,8 @@ def serve(host: str | None, upstream: str | None) -> None:
             f"{settings.upstream.url} is lopsided itself, so requests would go in a circle: "
             "set LOPSIDED_UPSTREAM to the address of Ollama"
         )
+    for line in unknown_variables(os.environ):
+        click.echo(f"Warning: {line}", err=True)
     listener = _listen(settings.host)
     reached = settings.host.connectable()
     click.echo(f"lopsided  {reached.url}" + ("" if reached == settings.host else "  on every address of this machine"))
@@ -178,6 +181,7 @@ def _recipes(_context: click.Context, _parameter: click.Parameter, value: str | 
     callback=_version,
     help="Plan for this Ollama, e.g. 0.24.0 (default: the one there is).",
 )
+@click.option("--rules/--no-rules", default=True, help="Follow the rules of lopsided.toml (they come before --boost), or not.")
 @json_option
 def plan(
     model: str,
@@ -190,6 +194,7 @@ def plan(
     recipes: tuple[str, ...],
     boost: str | None,
     ollama_version: str | None,
+    rules: bool,
     as_json: bool,
 ) -> None:
     """Show where a model would go, and why.
@@ -200,7 +205,8 @@ def plan(
     options = {"num_ctx": ctx, "num_batch": batch}
     planner = LearnedPlanner(planner=make_plan, measurements=open_measurements(settings), objective=settings.objective)
     rig = with_cards(_rig(settings, cards), added)
-    answer = asyncio.run(plan_for(model, rig, options, settings, version=ollama_version, planner=planner))
+    file = RuleFile(settings_file() if rules else None)
+    answer = asyncio.run(plan_for(model, rig, options, settings, version=ollama_version, planner=planner, rules=file))
     made = with_runners_up(answer.plan)
     points = frontier(made.profile, made.rig, made.request)
     variants = [(name, planner(quantized(made.profile, name), made.rig, made.request)) for name in recipes]
@@ -272,7 +278,8 @@ def calibrate(model: str, ctx: int | None, stock: bool, as_json: bool) -> None:
 def doctor(as_json: bool) -> None:
     """Check settings, Ollama and GPUs."""
     settings = load_settings()
-    findings = judge(asyncio.run(look(settings, device_order(settings), gpu_source(settings))))
+    seen = asyncio.run(look(settings, device_order(settings), gpu_source(settings)))
+    findings = (*judge(seen), *judge_rules(settings_file(), seen.rig, os.environ))
     if as_json:
         _print_json({"findings": [asdict(finding) for finding in findings]})
     else:

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -21,7 +22,9 @@ from proxy.gpus import GpuSource
 from proxy.gpus.order import DeviceOrder
 from proxy.installation import SAYINGS, Installation, find_library, inspect
 from proxy.options import era_of
-from proxy.settings import Settings
+from proxy.room import unknown_gpus
+from proxy.rulefile import read_rules
+from proxy.settings import Settings, unknown_variables
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -92,6 +95,22 @@ async def look(settings: Settings, order: DeviceOrder, source: GpuSource) -> Sig
 def judge(sight: Sight) -> tuple[Finding, ...]:
     """The findings, in the order of the way that a request takes: client, proxy, Ollama, GPUs."""
     return (*_proxy(sight), *_upstream(sight), *_launcher(sight), *_environment(sight), *_gpus(sight))
+
+
+def judge_rules(path: Path, rig: Rig | None, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """What is wrong with the rules in the file ``path``, and with the names of variables.
+
+    A file that cannot be read does not come this far: it is refused with the settings.
+    """
+    for line in unknown_variables(environment):
+        yield Finding(level="warn", subject="settings", text=line, advice="Mend its name, or unset it")
+    rules = read_rules(path)
+    for name in unknown_gpus(rules, rig) if rig else ():
+        text = f"{path} has rules for a GPU {name!r}, which is not here"
+        yield Finding(level="warn", subject="rules", text=text, advice="`lopsided devices` lists names and UUIDs")
+    if rules.by_name:
+        count = len(rules.models)
+        yield Finding(level="ok", subject="rules", text=f"{path}: rules for {count} pattern{'' if count == 1 else 's'} of models")
 
 
 def _proxy(sight: Sight) -> Iterator[Finding]:

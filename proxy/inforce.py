@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from planner.plan import Plan
 from proxy.address import Address
 from proxy.options import Delivery, header_text
+from proxy.rules import Rule
 from proxy.statefile import StateFile
 
 FORMAT = 1
@@ -34,7 +36,8 @@ class InForce:
 
     ``num_ctx`` is the context that was asked for (``None``: Ollama chooses), ``planned_ctx`` the one that was planned with.
     ``held_bytes`` is what it takes on each GPU, ``None`` where that is not known. ``plan`` is ``None`` where there was none, and
-    for one that was taken over from another process.
+    for one that was taken over from another process. ``rule`` is the one that it was decided by, ``None`` likewise.
+    ``decided_at`` is in seconds of the monotonic clock, of the process that decided.
     """
 
     model: str
@@ -46,6 +49,8 @@ class InForce:
     plan: Plan | None = None
     planned_ctx: int | None = None
     held_bytes: tuple[int, ...] | None = None
+    rule: Rule | None = None
+    decided_at: float = -math.inf
 
 
 def held_bytes(plan: Plan | None, delivery: Delivery) -> tuple[int, ...] | None:

@@ -56,6 +56,7 @@ class Launches:
         self._pending: OrderedDict[str, _Given] = OrderedDict()
         self._failures: OrderedDict[str, _Failure] = OrderedDict()
         self._expected: OrderedDict[str, None] = OrderedDict()
+        self._names: OrderedDict[str, str] = OrderedDict()
         self._placed: OrderedDict[str, tuple[Plan, Candidate]] = OrderedDict()
         self.answering = False
         """The launcher has asked, and no load went past it since."""
@@ -128,6 +129,14 @@ class Launches:
     def expect(self, blob: str) -> None:
         """A request is about to load ``blob``, and counts on the launcher to place it."""
         _put(self._expected, blob, None)
+
+    def called(self, blob: str, model: str) -> None:
+        """A request by the name ``model`` loads ``blob``."""
+        _put(self._names, blob, model)
+
+    def name(self, blob: str) -> str | None:
+        """By which name ``blob`` was asked for last; ``None`` where no request came this way."""
+        return self._names.get(blob)
 
     def answered(self, blob: str) -> bool:
         """A request for ``blob`` was answered. False where its load was expected here and went past the launcher."""

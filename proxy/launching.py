@@ -11,16 +11,15 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from planner.hardware import Gpu, Rig
-from planner.plan import Plan, make_plan
+from planner.plan import Plan, Planner, make_plan
 from planner.profile import ModelProfile
-from planner.request import PlanRequest
 from proxy.catalog import Catalog, ModelFacts
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
 from proxy.gguf import is_embedding, read_profile
@@ -36,8 +35,9 @@ from proxy.launch import (
 )
 from proxy.launches import MOST_CAREFUL, Launches, blob_name
 from proxy.loading import plan_request as base_request
-from proxy.loading import without_companions
 from proxy.ollama import Ollama
+from proxy.ruledplans import Load, RuledPlans
+from proxy.rulefile import RuleFile
 from proxy.settings import Settings
 
 ANSWER_S = 1.5
@@ -53,7 +53,6 @@ LOOKS_S = (0.1,) * 50 + (0.5,)
 """Seconds between two looks at ``/api/ps`` while a load is open, the last one for good: small models come and go quickly."""
 
 Arguments = tuple[str, ...] | None
-Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
 
 log = logging.getLogger("lopsided.launcher")
 
@@ -62,7 +61,7 @@ class Launching:
     """Answers the launcher.
 
     ``rig`` reads the GPUs and raises ``GpuError``; ``injected`` has the options that lopsided itself put into the requests for a
-    blob; ``clock`` is monotonic, in seconds.
+    blob, ``in_force`` the blobs of models that are taken to be loaded; ``clock`` is monotonic, in seconds.
     """
 
     def __init__(
@@ -74,7 +73,9 @@ class Launching:
         settings: Settings,
         launches: Launches,
         injected: Callable[[str], Mapping[str, object]] = lambda blob: {},  # noqa: ARG005
+        rules: RuleFile | None = None,
         planner: Planner = make_plan,
+        in_force: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.monotonic,
         answer_s: float = ANSWER_S,
     ) -> None:
@@ -84,7 +85,9 @@ class Launching:
         self._ollama = ollama
         self._settings = settings
         self._launches = launches
-        self._planner = planner
+        self._rules = rules or RuleFile(None)
+        self._plans_for = RuledPlans(catalog=catalog, rules=self._rules, settings=settings, planner=planner)
+        self._in_force = in_force
         self._clock = clock
         self._answer_s = answer_s
         self._profiles: OrderedDict[tuple[str, int, int], ModelProfile] = OrderedDict()
@@ -140,6 +143,8 @@ class Launching:
         careful = self._launches.careful(blob)
         machine = Rig(gpus=tuple(devices.values()), host=rig.host) if rig else Rig(gpus=tuple(devices.values()))
         plan = await self._plan(request, names, machine, careful)
+        if self._rules.current().by_name and self._plans_for.rule(await self._name(blob)).off:
+            careful = MOST_CAREFUL
         arguments = launch_arguments(plan, names, request, careful=careful)
         given = (request.settings, arguments)
         if careful == 1 and self._launches.has_failed(blob, given):
@@ -183,8 +188,18 @@ class Launching:
     async def _make(self, request: LaunchRequest, rig: Rig, careful: int) -> Plan:
         facts = await self._facts(request)
         base = base_request({}, facts, self._settings, "llama-server", careful=careful > 0)
-        wanted = plan_request(request, base)
-        return await asyncio.to_thread(self._planner, facts.profile, without_companions(rig, facts), wanted)
+        options = {"num_ctx": request.settings.num_ctx}
+        load = Load(model=await self._name(request.blob), facts=facts, options=options, request=plan_request(request, base))
+        return await self._plans_for.on(load, rig, loaded=self._in_force(), by_options=not request.spread)
+
+    async def _name(self, blob: str) -> str:
+        """What the model is called, for the rules; where there are none, nobody is asked."""
+        if (name := self._launches.name(blob)) is not None or not self._rules.current().by_name:
+            return name or blob
+        try:
+            return (await self._catalog.facts_of_blob(blob)).profile.name
+        except LopsidedError:
+            return blob
 
     async def _facts(self, request: LaunchRequest) -> ModelFacts:
         """The model and what is loaded beside it: from the files where they can be read here, else as Ollama describes it."""

@@ -29,6 +29,11 @@ def asked_context(options: Mapping[str, Any], facts: ModelFacts, settings: Setti
     return wanted
 
 
+def sets_context(options: Mapping[str, Any], facts: ModelFacts) -> bool:
+    """Whether the client or the model says how long the context is to be."""
+    return bool(options.get("num_ctx") or facts.default_integer("num_ctx"))
+
+
 def plan_request(
     options: Mapping[str, Any], facts: ModelFacts, settings: Settings, era: Era, *, careful: bool = False
 ) -> PlanRequest:
@@ -59,10 +64,14 @@ def without_companions(rig: Rig, facts: ModelFacts) -> Rig:
     return replace(rig, gpus=tuple(_less(gpu, size_bytes) for gpu in rig.gpus)) if size_bytes else rig
 
 
-def makes_room(profile: ModelProfile, rig: Rig, request: PlanRequest) -> bool:
-    """Whether Ollama evicts idle models before it loads this one: it expects it to take more than 80 % of all that is free."""
+def makes_room(profile: ModelProfile, rig: Rig, request: PlanRequest, gpus: Sequence[int] | None = None) -> bool:
+    """Whether Ollama evicts idle models before it loads this one on ``gpus``, by default on all of them.
+
+    It does where it expects the model to take more than 80 % of what is free there.
+    """
     predicted_bytes = predict_server_vram(profile, effective_settings(profile, rig, request).total_ctx)
-    return predicted_bytes * 100 > SOLO_PERCENT * sum(gpu.free_bytes for gpu in rig.gpus)
+    chosen = range(len(rig.gpus)) if gpus is None else gpus
+    return predicted_bytes * 100 > SOLO_PERCENT * sum(rig.gpus[gpu].free_bytes for gpu in chosen)
 
 
 def freed(rig: Rig, vram_bytes: int, held: Sequence[int] | None) -> Rig:

@@ -13,6 +13,9 @@ from proxy.derivednames import base_of, shown
 from proxy.errors import ModelError, UpstreamError
 from proxy.options import era_of
 
+FOR_GOOD = 2200
+"""A model that expires in this year or later is pinned: Ollama writes 292 years from now for ``keep_alive: -1``."""
+
 ASK_S = 2.0
 """Longest wait for ``/api/ps`` and ``/api/version``, which Ollama answers from memory, but not while it starts a load."""
 
@@ -22,12 +25,16 @@ STORE_S = 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """One line of ``/api/ps``; a model that was loaded by its derived name stands under its own (the digest is the derived)."""
+    """One line of ``/api/ps``; a model that was loaded by its derived name stands under its own (the digest is the derived).
+
+    ``pinned``: it was loaded to stay for good (``keep_alive: -1``).
+    """
 
     name: str
     digest: str
     vram_bytes: int
     context_length: int
+    pinned: bool = False
 
 
 class Ollama:
@@ -118,4 +125,10 @@ def _loaded(model: dict[str, Any]) -> Loaded:
         digest=str(model.get("digest") or ""),
         vram_bytes=number("size_vram"),
         context_length=number("context_length"),
+        pinned=_year(model.get("expires_at")) >= FOR_GOOD,
     )
+
+
+def _year(time: Any) -> int:
+    year = str(time)[:4]
+    return int(year) if year.isascii() and year.isdecimal() else 0

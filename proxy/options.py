@@ -7,7 +7,7 @@ forks that know ``tensor_split``. Up to 0.24, ``num_gpu`` is the only lever. Eve
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.autofit import FIT_MARGIN_BYTES
 from planner.hardware import Rig
@@ -55,6 +55,12 @@ class Delivery:
 def stock(reason: str, *, without: frozenset[str] = frozenset()) -> Delivery:
     """Nothing is put in, and ``reason`` says why."""
     return Delivery(text=header_text(f"stock; {reason}"), without=without)
+
+
+def with_context(delivery: Delivery, num_ctx: int) -> Delivery:
+    """``delivery`` that also sets the context, for requests that leave it open."""
+    text = header_text(f"{delivery.text}; context {num_ctx}")
+    return replace(delivery, text=text, options={**delivery.options, "num_ctx": num_ctx})
 
 
 def era_of(version: str) -> Era:

@@ -18,8 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from planner.hardware import Rig
-from planner.plan import Plan, make_plan
-from planner.profile import ModelProfile
+from planner.plan import Plan, Planner, make_plan
 from planner.request import Candidate, Era, PlanRequest
 from proxy.catalog import Catalog, ModelFacts, full_name
 from proxy.endpoints import LoadRequest
@@ -28,11 +27,16 @@ from proxy.gpus import GpuSource
 from proxy.gpus.static import StaticSource
 from proxy.inforce import InForce, Ledger, file_name, held_bytes
 from proxy.launches import Launches, blob_name
-from proxy.loading import asked_context, freed, makes_room, plan_request, without_companions
+from proxy.loading import asked_context, plan_request
 from proxy.ollama import Loaded, Ollama
 from proxy.options import MAIN_GPU, Delivery, deliver, deliver_by_launcher, own_wish, stock
+from proxy.room import Held
+from proxy.ruledplans import OFF, Load, RuledPlans, in_context
+from proxy.rulefile import RuleFile
+from proxy.rules import Rule
 from proxy.settings import Settings
 from proxy.statefile import StateFile
+from proxy.steady import due, said, same_runner, worth_reload
 
 PLAN_S = 10.0
 """Longest wait for a plan: facts of a model on a cold disk take seconds, then the request goes as it is."""
@@ -48,8 +52,6 @@ V1_KEPT_S = 3600.0
 
 NAMES_KEPT = 1024
 """Models remembered by name: facts in use, and names seen on ``/v1``."""
-
-Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
 
 log = logging.getLogger("lopsided.placement")
 
@@ -111,13 +113,16 @@ class Placements:
         clock: Callable[[], float] = time.monotonic,
         restarts: Callable[[], int] = lambda: 0,
         launches: Launches | None = None,
+        rules: RuleFile | None = None,
     ) -> None:
         self._ollama = ollama
         self._catalog = catalog
         self._gpus = gpus
         self._live = not isinstance(gpus, StaticSource)  # what is written down does not change with what is loaded
         self._settings = settings
-        self._planner = planner
+        self._plans = RuledPlans(
+            catalog=catalog, rules=rules or RuleFile(None), settings=settings, planner=planner, live=self._live
+        )
         self._clock = clock
         self._restarts = restarts
         self._launches = launches or Launches(clock)
@@ -143,6 +148,8 @@ class Placements:
         """What ``request`` gets; never raises, whatever is missing."""
         if request.unloads:
             return Decision(delivery=stock("unloads"))
+        if self._plans.rule(request.model).off:
+            return Decision(delivery=stock(OFF))
         try:
             if known := self._known(request):
                 return known
@@ -210,10 +217,11 @@ class Placements:
         """The plan that ``model`` would get now, without any effect. Raises ``LopsidedError``."""
         facts = await self._catalog.facts(model)
         era = await self._ollama.era()
-        wanted = plan_request({"num_ctx": num_ctx}, facts, self._settings, era)
+        options = {"num_ctx": num_ctx}
+        wanted = plan_request(options, facts, self._settings, era)
         loaded = await self._by_blob(await self._ollama.loaded())
-        plan = await self._plan(facts, facts.blob or facts.digest, wanted, loaded)
-        return plan, self._delivery(plan, era)
+        plan = await self._plan(Load(model=model, facts=facts, options=options, request=wanted), loaded)
+        return plan, stock(OFF) if self._plans.rule(model).off else self._delivery(plan, era, wanted)
 
     def running(self, placed: InForce) -> Running | None:
         """What runs of ``placed``, and where its plan says; ``None`` where that is not known."""
@@ -273,10 +281,10 @@ class Placements:
                 slot.current = None
             return Decision(delivery=stock("seen on /v1", without=MAIN_GPU))
         slot = self._slots.setdefault(blob, _Slot())
-        num_ctx = asked_context(request.options, facts, self._settings)
-        if not self._holds(slot, num_ctx):
+        num_ctx, rule = asked_context(request.options, facts, self._settings), self._plans.rule(request.model)
+        if not self._holds(slot, num_ctx, rule):
             async with slot.lock:
-                if not self._holds(slot, num_ctx):
+                if not self._holds(slot, num_ctx, rule):
                     restarts, before = self._restarts(), slot.current
                     slot.current = await self._renewed(slot, request, facts, blob, num_ctx)
                     slot.seen_at, slot.restarts = self._clock(), restarts
@@ -297,8 +305,8 @@ class Placements:
             return None
         if full_name(request.model) in self._v1_names or (certain and self._v1_names):
             return None
-        num_ctx = asked_context(request.options, facts, self._settings)
-        if slot.current.num_ctx != num_ctx or (certain and not self._holds(slot, num_ctx)):
+        num_ctx, rule = asked_context(request.options, facts, self._settings), self._plans.rule(request.model)
+        if slot.current.num_ctx != num_ctx or (certain and not self._holds(slot, num_ctx, rule)):
             return None
         if own_wish(request.options, facts.defaults) is not None:
             return None
@@ -309,17 +317,21 @@ class Placements:
         slot.users += 1
         return Decision(delivery=in_force.delivery, in_force=in_force, request=request)
 
-    def _holds(self, slot: _Slot, num_ctx: int | None) -> bool:
-        """Whether the slot's placement is in force beyond doubt, without asking anybody."""
+    def _holds(self, slot: _Slot, num_ctx: int | None, rule: Rule) -> bool:
+        """Whether the slot's placement is in force beyond doubt, without asking anybody; during a request it always is."""
         current = slot.current
         if current is None or current.num_ctx != num_ctx:
             return False
-        return slot.users > 0 or (self._clock() - slot.seen_at < LOOK_S and slot.restarts == self._restarts())
+        if slot.users > 0:
+            return True
+        recent = self._clock() - slot.seen_at < LOOK_S and slot.restarts == self._restarts()
+        return recent and current.rule in (None, rule) and not due(current, self._clock())
 
     async def _renewed(self, slot: _Slot, request: LoadRequest, facts: ModelFacts, blob: str, num_ctx: int | None) -> InForce:
         """The placement to use from now on: the current one while Ollama still has the model, else a new one."""
-        current = slot.current
-        unchanged = current if current is not None and current.num_ctx == num_ctx else None
+        current, rule = slot.current, self._plans.rule(request.model)
+        ruled_so = current is not None and current.rule in (None, rule)
+        unchanged = current if ruled_so and current is not None and current.num_ctx == num_ctx else None
         try:
             loaded, known = await self._by_blob(await self._ollama.loaded()), True
             self._forget_ended(loaded, kept=blob)
@@ -328,18 +340,19 @@ class Placements:
             if unchanged:
                 return unchanged
         if unchanged and blob in loaded:
-            return unchanged
+            return await self._still(unchanged, request, facts, loaded)
         failure = self._failure(blob, num_ctx)
         careful = failure.careful if failure else 0
         plan, delivery = None, stock("the plans before ran out of memory", without=MAIN_GPU)
         if careful < 2:
-            plan, delivery = await self._new_plan(request, facts, blob, loaded, careful=careful)
+            plan, delivery = await self._new_plan(request, facts, loaded, careful=careful)
             if failure and delivery.options == failure.delivery.options:
                 plan, careful, delivery = None, 2, stock("the same plan ran out of memory before", without=MAIN_GPU)
         planned_ctx, held = plan.chosen.settings.num_ctx if plan else None, held_bytes(plan, delivery)
-        if plan and current and blob in loaded and planned_ctx == current.planned_ctx:
+        if plan and current and ruled_so and blob in loaded and planned_ctx == current.planned_ctx:
             # the same context, asked for in other words: nothing to reload
             plan, delivery, held = current.plan, current.delivery, current.held_bytes
+        self._launches.called(blob_name(blob), request.model)
         if delivery.by_launcher and blob not in loaded and known:
             self._launches.expect(blob_name(blob))
         log.info("%s: %s", full_name(request.model), delivery.text)
@@ -353,7 +366,25 @@ class Placements:
             plan=plan,
             planned_ctx=planned_ctx,
             held_bytes=held,
+            rule=rule,
+            decided_at=self._clock(),
         )
+
+    async def _still(self, current: InForce, request: LoadRequest, facts: ModelFacts, loaded: Mapping[str, Loaded]) -> InForce:
+        """``current``, which is loaded and idle; or what is so much better by now that it is worth loading the model anew."""
+        if current.plan is None or not due(current, self._clock()):
+            return current
+        again = replace(current, decided_at=self._clock())
+        plan, delivery = await self._new_plan(request, facts, loaded, careful=current.careful)
+        if plan is None or plan.chosen.settings.num_ctx != current.planned_ctx or self._failure(current.blob, current.num_ctx):
+            return again
+        if delivery.by_launcher or not worth_reload(current.plan, plan):
+            return again
+        plan, delivery = said(plan, delivery)
+        if same_runner(delivery, current.delivery):
+            return again
+        log.info("%s: %s, in place of %s", current.model, delivery.text, current.delivery.text)
+        return replace(again, plan=plan, delivery=delivery, held_bytes=held_bytes(plan, delivery))
 
     def _forget_ended(self, loaded: Collection[str], *, kept: str) -> None:
         """Drops what was taken over of models that are not ``loaded`` any more, once that is known."""
@@ -363,7 +394,7 @@ class Placements:
         self._taken_over.clear()
 
     async def _new_plan(
-        self, request: LoadRequest, facts: ModelFacts, blob: str, loaded: Mapping[str, Loaded], *, careful: int
+        self, request: LoadRequest, facts: ModelFacts, loaded: Mapping[str, Loaded], *, careful: int
     ) -> tuple[Plan | None, Delivery]:
         """A plan and its delivery; without a plan, stock: which then stays in force, as any other placement does."""
         try:
@@ -372,7 +403,8 @@ class Placements:
                 wanted = plan_request(request.options, facts, self._settings, era, careful=careful > 0)
                 if era == "llama-server" and self._launches.answering:
                     wanted = replace(wanted, spread=False)
-                plan = await self._plan(facts, blob, wanted, loaded)
+                load = Load(model=request.model, facts=facts, options=request.options, request=wanted)
+                plan = await self._plan(load, loaded)
         except LopsidedError as error:
             reason = str(error)
         except TimeoutError:
@@ -381,36 +413,36 @@ class Placements:
             log.debug("planning failed", exc_info=error)
             reason = f"planning failed: {type(error).__name__}: {error}"
         else:
-            return plan, self._delivery(plan, era)
+            return plan, self._delivery(plan, era, wanted)
         self._tell(f"{full_name(request.model)} passes unchanged: {reason}")
         return None, stock(reason)
 
-    def _delivery(self, plan: Plan, era: Era) -> Delivery:
+    def _delivery(self, plan: Plan, era: Era, wanted: PlanRequest) -> Delivery:
         if era == "llama-server" and self._launches.answering:
-            return deliver_by_launcher(plan, spread=self._launches.spread, tensor_split=self._settings.tensor_split)
-        return deliver(plan, era, tensor_split=self._settings.tensor_split)
+            delivery = deliver_by_launcher(plan, spread=self._launches.spread, tensor_split=self._settings.tensor_split)
+        else:
+            delivery = deliver(plan, era, tensor_split=self._settings.tensor_split)
+        return in_context(delivery, plan, wanted)
 
-    async def _plan(self, facts: ModelFacts, blob: str, request: PlanRequest, loaded: Mapping[str, Loaded]) -> Plan:
-        """A plan on the GPUs as Ollama will find them: less this model, and less idle ones if it evicts those for it."""
-        rig = await self.rig()
-        if self._live:
-            rig = self._without(rig, {blob}, loaded)
-            if makes_room(facts.profile, rig, request):
-                rig = self._without(rig, {other for other in loaded if other != blob and not self._is_busy(other)}, loaded)
-        return await asyncio.to_thread(self._planner, facts.profile, without_companions(rig, facts), request)
+    async def _plan(self, load: Load, loaded: Mapping[str, Loaded]) -> Plan:
+        others = [self._held(blob, loaded[blob], load.model) for blob in sorted(loaded.keys() - {load.blob})]
+        own = self._held(load.blob, loaded[load.blob], load.model) if load.blob in loaded else None
+        by_options = not self._launches.places_all
+        return await self._plans.beside(load, await self.rig(), own=own, others=others, loaded=loaded, by_options=by_options)
 
-    def _without(self, rig: Rig, blobs: set[str], loaded: Mapping[str, Loaded]) -> Rig:
-        for blob in sorted(blobs & loaded.keys()):
-            slot = self._slots.get(blob)
-            rig = freed(rig, loaded[blob].vram_bytes, slot.current.held_bytes if slot and slot.current else None)
-        return rig
+    def _held(self, blob: str, entry: Loaded, model: str) -> Held:
+        """A loaded model, as it stands to ``model``, which is about to be loaded."""
+        slot = self._slots.get(blob)
+        busy = slot is not None and slot.users > 0
+        return Held(
+            vram_bytes=entry.vram_bytes,
+            held_bytes=slot.current.held_bytes if slot and slot.current else None,
+            stays=busy or entry.pinned or self._plans.stays(entry.name, model),
+        )
 
     def _failure(self, blob: str, num_ctx: int | None) -> _Failure | None:
         failure = self._failures.get((blob, num_ctx))
         return failure if failure and self._clock() - failure.at <= FAILURE_KEPT_S else None
-
-    def _is_busy(self, blob: str) -> bool:
-        return blob in self._slots and self._slots[blob].users > 0
 
     def _as_it_is(self, model: str, reason: str) -> Decision:
         self._tell(f"{full_name(model)} passes unchanged: {reason}")

@@ -9,15 +9,16 @@ from pathlib import Path
 import httpx
 
 from planner.hardware import Rig
-from planner.plan import Plan, make_plan
+from planner.plan import Plan, Planner, make_plan
 from planner.request import Era
 from proxy.catalog import Catalog, ModelFacts
 from proxy.errors import UpstreamError
 from proxy.gguf import is_embedding, read_header, read_profile
-from proxy.loading import plan_request, without_companions
+from proxy.loading import plan_request
 from proxy.ollama import Ollama
-from proxy.options import Delivery, deliver, era_of
-from proxy.placement import Planner
+from proxy.options import Delivery, deliver, era_of, stock
+from proxy.ruledplans import OFF, Load, RuledPlans, in_context
+from proxy.rulefile import RuleFile
 from proxy.settings import Settings
 
 
@@ -38,22 +39,31 @@ async def plan_for(
     *,
     version: str | None = None,
     planner: Planner = make_plan,
+    rules: RuleFile | None = None,
 ) -> Answer:
     """The plan for a request with ``options`` to load ``model``, a file or a name of Ollama's, on ``rig``.
 
-    ``version`` is the Ollama to plan for; without one it is the one behind the proxy, for a file the newest. Raises ``GgufError``
-    and ``ModelError`` for what cannot be planned, ``UpstreamError`` where Ollama has to be asked and does not answer.
+    ``rules`` are those of ``lopsided.toml``, which know a file by its name. ``version`` is the Ollama to plan for; without one it
+    is the one behind the proxy, for a file the newest. Raises ``GgufError`` and ``ModelError`` for what cannot be planned,
+    ``UpstreamError`` where Ollama has to be asked and does not answer.
     """
     header_only, found = False, era_of("")
-    if is_file(model):
-        header_only = read_header(model).header_only
-        profile = read_profile(model)
-        facts = ModelFacts(digest="", blob=model, profile=profile, defaults={}, is_embedding=is_embedding(profile.metadata))
-    else:
-        facts, found = await _ask(model, settings)
-    era = era_of(version) if version else found
-    plan = planner(facts.profile, without_companions(rig, facts), plan_request(options, facts, settings, era))
-    return Answer(plan=plan, delivery=deliver(plan, era, tensor_split=settings.tensor_split), header_only=header_only)
+    async with httpx.AsyncClient(base_url=settings.upstream.url, trust_env=False) as client:
+        catalog = Catalog(client)
+        if is_file(model):
+            header_only = read_header(model).header_only
+            profile = read_profile(model)
+            facts = ModelFacts(digest="", blob=model, profile=profile, defaults={}, is_embedding=is_embedding(profile.metadata))
+            name = Path(model).name
+        else:
+            (facts, found), name = await _ask(model, catalog, Ollama(client), settings), model
+        era = era_of(version) if version else found
+        plans = RuledPlans(catalog=catalog, rules=rules or RuleFile(None), settings=settings, planner=planner)
+        wanted = plan_request(options, facts, settings, era)
+        plan = await plans.on(Load(model=name, facts=facts, options=options, request=wanted), rig, loaded=())
+    delivery = deliver(plan, era, tensor_split=settings.tensor_split)
+    delivery = stock(OFF) if plans.rule(name).off else in_context(delivery, plan, wanted)
+    return Answer(plan=plan, delivery=delivery, header_only=header_only)
 
 
 def is_file(model: str) -> bool:
@@ -61,13 +71,12 @@ def is_file(model: str) -> bool:
     return model.lower().endswith(".gguf") or Path(model).is_file()
 
 
-async def _ask(model: str, settings: Settings) -> tuple[ModelFacts, Era]:
+async def _ask(model: str, catalog: Catalog, ollama: Ollama, settings: Settings) -> tuple[ModelFacts, Era]:
     """What Ollama says about ``model``, and which it is."""
-    async with httpx.AsyncClient(base_url=settings.upstream.url, trust_env=False) as client:
-        try:
-            return await Catalog(client).facts(model), await Ollama(client).era()
-        except UpstreamError as error:
-            raise UpstreamError(
-                f"{model} is no file here, and Ollama at {settings.upstream.url} cannot be asked for it ({error}). "
-                "Name a GGUF file, start Ollama, or set LOPSIDED_UPSTREAM"
-            ) from error
+    try:
+        return await catalog.facts(model), await ollama.era()
+    except UpstreamError as error:
+        raise UpstreamError(
+            f"{model} is no file here, and Ollama at {settings.upstream.url} cannot be asked for it ({error}). "
+            "Name a GGUF file, start Ollama, or set LOPSIDED_UPSTREAM"
+        ) from error

@@ -1,13 +1,15 @@
 """One frozen settings object, from the environment and ``lopsided.toml``; nothing else reads the environment.
 
 An environment variable wins over the file. The file is the one that ``LOPSIDED_CONFIG`` names, else ``lopsided.toml`` in the
-working directory; its keys are the field names below (and ``upstream``). Quotes and blanks around a value are dropped and an
-empty one counts as not set, as with Ollama. Ollama's own variables are read under Ollama's names: one environment serves both.
+working directory; its keys are the field names below (and ``upstream``), and those of the rules (``proxy.rules``). Quotes and
+blanks around a value are dropped and an empty one counts as not set, as with Ollama. Ollama's own variables are read under
+Ollama's names: one environment serves both.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,12 +20,21 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from planner.power import BOOST_MAX, BOOST_MIN
 from proxy.address import LISTEN_PORT, Address, parse_address
 from proxy.errors import SettingsError
+from proxy.rulefile import read_rules
+from proxy.rules import RULE_KEYS
+from proxy.tomlfile import closest, line_of, read_toml
 
 FILE_NAME = "lopsided.toml"
 """The settings file looked for in the working directory."""
 
 FILE_VARIABLE = "LOPSIDED_CONFIG"
 """The environment variable that names another one."""
+
+PREFIX = "LOPSIDED_"
+"""What the names of lopsided's own environment variables begin with."""
+
+OTHER_VARIABLES = (FILE_VARIABLE, "LOPSIDED_URL", "LOPSIDED_LIBRARY", "LOPSIDED_PUBLISH")
+"""Variables with this prefix that are no settings: the file's, the launcher's, the container's and compose's."""
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
 """What Ollama takes for ``OLLAMA_KV_CACHE_TYPE``."""
@@ -123,6 +134,12 @@ def _cache_type(value: Any) -> Any:
     return name
 
 
+def _context(value: Any) -> Any:
+    if (name := str(value).lower()) not in ("keep", "fit"):
+        raise ValueError("keep or fit")
+    return name
+
+
 def _words(value: Any) -> Any:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) and item.strip() for item in items):
@@ -177,7 +194,7 @@ class _FileSource(TomlConfigSettingsSource):
     """``lopsided.toml``: field names become the variables' names that the fields are known by."""
 
     def __call__(self) -> dict[str, Any]:
-        return {_variable(key): value for key, value in super().__call__().items()}
+        return {_variable(key): value for key, value in super().__call__().items() if key not in RULE_KEYS}
 
 
 class Settings(BaseSettings):
@@ -205,6 +222,8 @@ class Settings(BaseSettings):
     """Inject ``tensor_split`` for plans over several GPUs: forks of Ollama obey it, stock logs it as invalid."""
     v1: Switch = Field(True, validation_alias="LOPSIDED_V1")
     """Give requests to ``/v1``, which carry no options, their placement by derived models in Ollama's store."""
+    context: Annotated[Literal["keep", "fit"], BeforeValidator(_context)] = Field("keep", validation_alias="LOPSIDED_CONTEXT")
+    """What happens to a context that nobody sets; ``fit``: the most that the best placement has room for."""
     device_order: Words = Field((), validation_alias="LOPSIDED_DEVICE_ORDER")
     """UUIDs or names of the GPUs in Ollama's order."""
     token: Annotated[str | None, BeforeValidator(_text)] = Field(None, validation_alias="LOPSIDED_TOKEN", repr=False)
@@ -267,15 +286,16 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Keywords, then the environment, then the file."""
-        return init_settings, env_settings, _FileSource(settings_cls, toml_file=_settings_file())
+        return init_settings, env_settings, _FileSource(settings_cls, toml_file=settings_file())
 
 
 def load_settings(**overrides: Any) -> Settings:
     """The settings in force; ``overrides`` (field names, such as ``host="0.0.0.0:80"``) win over everything.
 
-    Raises ``SettingsError`` for the first value that is not allowed: the variable or the file's key, the value, what is allowed.
+    Raises ``SettingsError`` for the first value that is not allowed: the variable or the file's key, the value, what is allowed;
+    for a rule of the file that is none, too.
     """
-    file = _settings_file()
+    file = settings_file()
     if os.environ.get(FILE_VARIABLE) and not file.is_file():
         raise SettingsError(f"{FILE_VARIABLE}={str(file)!r} is not a file")
     try:
@@ -286,6 +306,7 @@ def load_settings(**overrides: Any) -> Settings:
         raise SettingsError(f"{file}: {error}") from None
     if settings.require_token and settings.token is None and settings.token_file is None:
         raise SettingsError("LOPSIDED_REQUIRE_TOKEN is on, and there is no token: set LOPSIDED_TOKEN or LOPSIDED_TOKEN_FILE")
+    read_rules(file)
     if settings.upstream == settings.host.connectable():
         raise SettingsError(
             f"the proxy would listen on {settings.host.authority}, which is also the Ollama that it should ask: "
@@ -294,7 +315,15 @@ def load_settings(**overrides: Any) -> Settings:
     return settings
 
 
-def _settings_file() -> Path:
+def unknown_variables(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """A line for each variable that is named like a setting and is none: one that was misspelled has no effect."""
+    known = [str(field.validation_alias) for field in Settings.model_fields.values()] + [*OTHER_VARIABLES]
+    strangers = sorted(name for name in environment if name.upper().startswith(PREFIX) and name not in known)
+    return tuple(f"{name} is no setting, and has no effect{closest(name, known)}" for name in strangers)
+
+
+def settings_file() -> Path:
+    """The file of settings and rules; it need not exist."""
     return Path(os.environ.get(FILE_VARIABLE) or FILE_NAME)
 
 
@@ -309,8 +338,9 @@ def _explain(error: ValidationError, overrides: dict[str, Any], file: Path) -> s
     variable = str(problem["loc"][0])
     names = [name for name in ("upstream", *Settings.model_fields) if _variable(name) == variable]
     if problem["type"] == "extra_forbidden":
-        allowed = sorted({"upstream", *Settings.model_fields} - {"own_upstream"})
-        return f"{file}: there is no setting {variable!r}; there are {', '.join(allowed)}"
+        allowed = sorted({"upstream", *Settings.model_fields, *RULE_KEYS} - {"own_upstream"})
+        hint = closest(variable, allowed) or f"; there are {', '.join(allowed)}"
+        return f"{file}:{_line(file, variable)}: there is no setting {variable!r}{hint}"
     allowed_values = problem["msg"].removeprefix("Value error, ")
     value = "" if variable == "LOPSIDED_TOKEN" else f" = {problem['input']!r}"
     if any(name in overrides for name in names):
@@ -318,5 +348,11 @@ def _explain(error: ValidationError, overrides: dict[str, Any], file: Path) -> s
     elif os.environ.get(variable):
         where = variable
     else:
-        where = f"{file}: {names[0]}"
+        where = f"{file}:{_line(file, *names)}: {names[0]}"
     return f"{where}{value} is not allowed; allowed: {allowed_values}"
+
+
+def _line(file: Path, *keys: str) -> int:
+    """The line of the file at which the first of ``keys`` that it has begins."""
+    content, text = read_toml(file)
+    return next((line_of(text, (key,)) for key in keys if key in content), 1)

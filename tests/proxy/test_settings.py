@@ -165,11 +165,11 @@ def test_another_file_can_be_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("boost = 3", r"lopsided\.toml: boost = 3 is not allowed; allowed: auto"),
-        ("bosst = 1", r"lopsided\.toml: there is no setting 'bosst'; there are boost, "),
+        ("boost = 3", r"lopsided\.toml:1: boost = 3 is not allowed; allowed: auto"),
+        ("bosst = 1", r"lopsided\.toml:1: there is no setting 'bosst'; did you mean 'boost'"),
         ("boost = = 1", r"lopsided\.toml: .*line 1"),
-        ('upstream = "x:y"', r"lopsided\.toml: upstream = 'x:y' is not allowed"),
-        ("token = 5", r"lopsided\.toml: token is not allowed"),
+        ('upstream = "x:y"', r"lopsided\.toml:1: upstream = 'x:y' is not allowed"),
+        ("token = 5", r"lopsided\.toml:1: token is not allowed"),
     ],
 )
 def test_a_wrong_file_is_refused_by_file_and_key(tmp_path, text, message):

@@ -1,0 +1,213 @@
+"""The rules of ``lopsided.toml``: what a user wants for some models, told by patterns of their names.
+
+Every section ``[models."PATTERN"]`` that matches applies, from the top of the file to the bottom; of what two of them say, the
+later counts. A pattern is a name as Ollama lists it, with ``*``, ``?`` and ``[…]``; ``:latest`` may be left out.
+docs/rules.md has examples. Parsing is a function of the text; :class:`proxy.rulefile.RuleFile` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from planner.hardware import Gpu
+from planner.power import BOOST_MAX, BOOST_MIN
+from proxy.catalog import full_name
+from proxy.errors import SettingsError
+from proxy.gpus.static import parse_size
+from proxy.tomlfile import closest, line_of
+
+Context = int | Literal["fit", "keep"]
+"""Tokens of context where neither client nor model says: a number, ``fit`` (the most that the best placement has room for), or
+``keep`` (whatever Ollama takes)."""
+
+Reserve = tuple[tuple[str, int], ...]
+"""``(UUID or name of a GPU, bytes to leave free on it)``."""
+
+RULE_KEYS = ("models", "reserve", "priority", "keep_together")
+"""The keys of ``lopsided.toml`` that are rules. All others are settings."""
+
+MAX_TOGETHER = 8
+"""Models in one ``keep_together``; each is planned with the others."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """What holds for one model. ``None``: nothing is said. ``boost`` is a factor, or ``auto`` for the search."""
+
+    gpu: str | None = None
+    reserve: Reserve = ()
+    boost: float | Literal["auto"] | None = None
+    context: Context | None = None
+    off: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """A file's rules. ``reserve`` holds for every model, ``priority`` lists patterns, the most important first."""
+
+    models: tuple[tuple[str, Rule], ...] = ()
+    reserve: Reserve = ()
+    priority: tuple[str, ...] = ()
+    keep_together: tuple[tuple[str, ...], ...] = ()
+
+    def for_model(self, model: str) -> Rule:
+        """What holds for ``model``, a name as a client writes it."""
+        found = Rule(reserve=self.reserve)
+        for pattern, rule in self.models:
+            if matches(pattern, model):
+                said: dict[str, Any] = {field.name: getattr(rule, field.name) for field in fields(rule)}
+                said["reserve"] = tuple({**dict(found.reserve), **dict(rule.reserve)}.items())
+                found = replace(found, **{name: value for name, value in said.items() if value is not None})
+        return found
+
+    def rank(self, model: str) -> int:
+        """The place of ``model`` in ``priority``, 0 for the most important; those that it does not name come last."""
+        places = (place for place, pattern in enumerate(self.priority) if matches(pattern, model))
+        return next(places, len(self.priority))
+
+    def together_with(self, model: str) -> tuple[str, ...]:
+        """The group of ``keep_together`` that ``model`` is in, in its order; empty where it is in none."""
+        return next((group for group in self.keep_together if any(matches(name, model) for name in group)), ())
+
+    @property
+    def by_name(self) -> bool:
+        """Whether anything here depends on a model's name."""
+        return bool(self.models or self.keep_together or self.priority)
+
+    def gpus(self) -> Iterator[str]:
+        """Every GPU that a rule names."""
+        for rule in (Rule(reserve=self.reserve), *(rule for _, rule in self.models)):
+            yield from (name for name, _ in rule.reserve)
+            if rule.gpu is not None:
+                yield rule.gpu
+
+
+def matches(pattern: str, model: str) -> bool:
+    """Whether ``pattern`` means ``model``: by the name that Ollama lists, with or without ``:latest``, in any case of letters."""
+    name = _listed(model)
+    pattern = pattern.casefold()
+    return any(fnmatchcase(form, pattern) for form in {name, name.removesuffix(":latest")})
+
+
+def find_gpu(gpus: Sequence[Gpu], name: str) -> int | None:
+    """The index of the GPU that ``name`` means: a UUID or its beginning, or words of a card's name; ``None`` where none does.
+
+    Of several that fit, the one whose name is shortest ("RTX 3090" is no RTX 3090 Ti if there is the other), then the first.
+    """
+    by_uuid = [index for index, gpu in enumerate(gpus) if gpu.uuid.casefold().startswith(name.casefold())]
+    words = set(name.casefold().split())
+    by_name = [index for index, gpu in enumerate(gpus) if words <= set(gpu.name.casefold().split())]
+    return min(by_uuid or by_name, key=lambda index: len(gpus[index].name.split()), default=None)
+
+
+def parse_rules(content: Mapping[str, Any], text: str, path: Path) -> Rules:
+    """The rules in ``content``, which is ``text`` parsed; other keys are left alone. Raises ``SettingsError`` with the line."""
+    said: dict[str, Any] = {}
+    try:
+        for key in RULE_KEYS:
+            if key in content:
+                said[key] = _PARSERS[key](content[key], (key,))
+    except _RuleError as problem:
+        raise SettingsError(f"{path}:{line_of(text, problem.keys)}: {problem}") from None
+    return Rules(**said)
+
+
+class _RuleError(Exception):
+    """What is wrong with the value at ``keys``."""
+
+    def __init__(self, keys: Sequence[str], text: str) -> None:
+        super().__init__(text)
+        self.keys = tuple(keys)
+
+
+def _models(value: Any, keys: tuple[str, ...]) -> tuple[tuple[str, Rule], ...]:
+    if not isinstance(value, dict):
+        raise _RuleError(keys, 'models are sections: [models."qwen3*"]')
+    return tuple((pattern, _rule(section, (*keys, pattern))) for pattern, section in value.items())
+
+
+def _rule(section: Any, keys: tuple[str, ...]) -> Rule:
+    if not isinstance(section, dict):
+        known = tuple(_RULE_PARSERS)
+        raise _RuleError(keys, f'{keys[-1]!r} is no section: write [models."PATTERN"], and {", ".join(known)} below it')
+    said: dict[str, Any] = {}
+    for key, value in section.items():
+        if key not in _RULE_PARSERS:
+            hint = closest(key, _RULE_PARSERS)
+            if key in RULE_KEYS:
+                hint = "; it stands at the top of the file, before every section"
+            raise _RuleError((*keys, key), f"there is no rule {key!r}{hint or '; there are ' + ', '.join(_RULE_PARSERS)}")
+        said[key] = _RULE_PARSERS[key](value, (*keys, key))
+    return Rule(**said)
+
+
+def _name(value: Any, keys: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise _RuleError(keys, f"{keys[-1]} = {value!r}: the UUID or the name of a GPU, as `lopsided devices` lists it")
+    return value.strip()
+
+
+def _reserve(value: Any, keys: tuple[str, ...]) -> Reserve:
+    if not isinstance(value, dict):
+        raise _RuleError(keys, f'reserve = {value!r}: bytes by GPU, such as {{ "RTX 5090" = "4GiB" }}')
+    return tuple((_name(gpu, (*keys, gpu)), _bytes(size, (*keys, gpu))) for gpu, size in value.items())
+
+
+def _bytes(value: Any, keys: tuple[str, ...]) -> int:
+    try:
+        return parse_size(value if isinstance(value, str) else str(value))
+    except ValueError as error:
+        raise _RuleError(keys, f"{keys[-1]}: {error}") from None
+
+
+def _boost(value: Any, keys: tuple[str, ...]) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not BOOST_MIN <= value <= BOOST_MAX:
+        raise _RuleError(keys, f'boost = {value!r}: "auto", or a number from {BOOST_MIN} to {BOOST_MAX}')
+    return float(value)
+
+
+def _context(value: Any, keys: tuple[str, ...]) -> Context:
+    if value == "fit" or value == "keep":
+        return "fit" if value == "fit" else "keep"
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise _RuleError(keys, f'context = {value!r}: "fit", "keep", or a number of tokens')
+    return value
+
+
+def _flag(value: Any, keys: tuple[str, ...]) -> bool:
+    if not isinstance(value, bool):
+        raise _RuleError(keys, f"{keys[-1]} = {value!r}: true or false")
+    return value
+
+
+def _patterns(value: Any, keys: tuple[str, ...]) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item.strip() for item in value):
+        raise _RuleError(keys, f'{keys[-1]} = {value!r}: names of models, such as ["qwen2.5:32b", "nomic-embed-text"]')
+    return tuple(item.strip() for item in value)
+
+
+def _together(value: Any, keys: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    groups = value if isinstance(value, list) and value and all(isinstance(item, list) for item in value) else [value]
+    parsed = tuple(_patterns(group, keys) for group in groups)
+    for group in parsed:
+        if len(group) > MAX_TOGETHER:
+            raise _RuleError(keys, f"keep_together: at most {MAX_TOGETHER} models, not {len(group)}")
+        for name in group:
+            if any(character in name for character in "*?["):
+                raise _RuleError(keys, f"keep_together: {name!r} is a pattern; here each model has to be named")
+    return tuple(group for group in parsed if group)
+
+
+_RULE_PARSERS = {"gpu": _name, "reserve": _reserve, "boost": _boost, "context": _context, "off": _flag}
+_PARSERS = {"models": _models, "reserve": _reserve, "priority": _patterns, "keep_together": _together}
+
+
+def _listed(model: str) -> str:
+    """``model`` as Ollama lists it, in lower case: without the parts that stand for its own registry."""
+    return full_name(model).removeprefix("registry.ollama.ai/").removeprefix("library/")
