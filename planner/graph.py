@@ -724,12 +724,17 @@ def next_early(profile: ModelProfile, index: int) -> int | None:
     ``build_rs`` puts them into the graph at once, while what follows in this layer waits for its reader; routed experts end the
     wait (``build_moe_ffn`` calls ``ggml_build_forward_expand``).
     """
-    for i in range(index, profile.n_computed_layers - 1):
-        if "ffn_gate_inp.weight" in profile.layer_tensors[i]:
-            return None
-        if fetches_early(profile.layer_tensors[i + 1]):
-            return i + 1
-    return None
+    found: tuple[int | None, ...] = profile.remember("next early", None, lambda: _all_next_early(profile))
+    return found[index]
+
+
+def _all_next_early(profile: ModelProfile) -> tuple[int | None, ...]:
+    tensors = profile.layer_tensors
+    found: list[int | None] = [None] * profile.n_layers
+    for i in reversed(range(profile.n_computed_layers - 1)):
+        if "ffn_gate_inp.weight" not in tensors[i]:
+            found[i] = i + 1 if fetches_early(tensors[i + 1]) else found[i + 1]
+    return tuple(found)
 
 
 def attends_in_ram(profile: ModelProfile, index: int) -> bool:

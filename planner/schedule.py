@@ -102,8 +102,10 @@ class Schedules:
         self._altup = profile.integer("altup.num_inputs") > 1
         self._owners = [i for i in range(self._n) if self._caches[i].owns_cache]
         tensors = profile.layer_tensors
-        self._early_layers = {i for i, kind in enumerate(self._kinds) if fetches_early(tensors[kind])}
-        self._mamba_layers = [i for i in sorted(self._early_layers) if is_mamba(tensors[i])]
+        early = {i for i, kind in enumerate(self._kinds) if fetches_early(tensors[kind])}
+        mixers = [i for i in range(self._n) if i in early or self._caches[i].attends] if early else []
+        self._fetched_behind = {b: a for a, b in pairwise(mixers) if next_early(profile, a) == b}
+        """Layers whose states are fetched early -> the layer behind whose mixer that happens."""
         self._programs = Programs(profile, scale)
         self._parts: dict[DevicePart, Schedule] = {}
         self._alikes: dict[object, Schedule] = {}
@@ -189,9 +191,7 @@ class Schedules:
         """The programs of a device's layers, visitors first."""
         everything = [*part.visitors, *own]
         pinned = part.copies > 1
-        early = self._early_layers
-        mixers = [i for i in everything if i in early or self._caches[i].attends] if early else []
-        fetched = {b: a for a, b in pairwise(mixers) if b in part.layers and b in early and next_early(self._profile, a) == b}
+        fetched = {b: a for b, a in self._fetched_behind.items() if b in part.layers and a in everything}
         first_reader: dict[int, int] = {}
         last_reader: dict[int, int] = {}
         for i in everything:
@@ -251,16 +251,12 @@ class Schedules:
         device, those up to the next weight are computed here, and copied back: a Mamba layer's gate (from the whole
         projection), or the rotation of what attention returned.
         """
-        if not self._early_layers:
-            return []
-        mixers = [i for i in range(self._n) if i in self._early_layers or self._caches[i].attends]
         features: list[int] = []
-        for before, after in pairwise(mixers):
-            if next_early(self._profile, before) == after:
-                if before < part.layers.start <= after < part.layers.stop and not part.first:
-                    features += self._moved(before)[:1]
-                elif part.layers.start <= before < part.layers.stop <= after:
-                    features += self._moved(before)[1:]
+        for after, before in self._fetched_behind.items():
+            if before < part.layers.start <= after < part.layers.stop and not part.first:
+                features += self._moved(before)[:1]
+            elif part.layers.start <= before < part.layers.stop <= after:
+                features += self._moved(before)[1:]
         return [(align(count * self._scale.tokens * F32), STEADY) for count in features]
 
     def _moved(self, i: int) -> tuple[int, ...]:
