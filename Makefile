@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCK := $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
 	--python-version 3.11 --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help setup demo test test-engine soak fuzz audit lint format types wheel bench-gpu readme lock clean
+.PHONY: help setup demo test test-engine soak fuzz audit lint format types wheel bench-gpu bench-proxy readme lock clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ wheel: $(STAMP)  ## dist/lopsided-*.whl
 bench-gpu: $(STAMP)  ## stock Ollama beside lopsided on this machine's two NVIDIA GPUs (docs/benchmarks.md; ARGS=…)
 	@$(BIN)/python -m benchmarks.gpu.bench --out bench-gpu.jsonl $(ARGS)
 	@$(BIN)/python -m benchmarks.gpu.report bench-gpu.jsonl
+
+bench-proxy: $(STAMP)  ## what the proxy costs beside nginx, the obvious proxy and LiteLLM (QUICK=1: two minutes; docs/performance.md)
+	@$(BIN)/python -m benchmarks.proxy --out .cache/bench-proxy.json $(if $(QUICK),--quick) $(ARGS)
 
 readme: $(STAMP)  ## the demo's table in the README, as it is printed now
 	@$(BIN)/python -m tests.test_readme
