@@ -98,10 +98,10 @@ def test_absurd_nesting_is_refused_quickly():
 @pytest.mark.parametrize("text", [b'{"a":' + b"1" * 5_000_000 + b"x}", b'{"a":1' + b',"a":1' * 500_000 + b"}"])
 def test_absurd_numbers_and_counts_are_refused_quickly(text):
     # shows: nobody waits while one client's text is looked through (without care: a second each)
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(JsonError):
         members(text)
-    assert time.perf_counter() - start < 0.3
+    assert time.thread_time() - start < 0.3
 
 
 def test_escaped_quotes_and_backslashes_end_no_string():
@@ -231,6 +231,6 @@ def test_a_request_to_unload_is_known(path, body, unloads):
 @pytest.mark.parametrize("keep_alive", ["00s" * 1000 + "x", "0" * 4000 + "x", "0.0m0" * 500 + "-", "0" * 4000 + "s"])
 def test_a_strange_keep_alive_takes_no_time(keep_alive):
     # shows: the pattern never goes back over zeros that could be split in several ways (30 groups would take minutes)
-    start = time.perf_counter()
+    start = time.thread_time()
     assert parse({"model": "m", "keep_alive": keep_alive}).unloads is (keep_alive[-1] == "s")
-    assert time.perf_counter() - start < 0.1
+    assert time.thread_time() - start < 0.1

