@@ -202,7 +202,7 @@ class Proxy:
                 return
         finally:
             self.calibrator.end(watch)
-            self.placements.done(decision, loaded=answered)
+            self.placements.done(decision, loaded=answered, left=request.left)
 
 
 def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner = make_plan) -> Proxy:

@@ -1,14 +1,15 @@
 """What is known of the loads that the launcher asked about: which failed, and whether the launcher still answers.
 
-Ollama says of a failed load nothing but that it tries again. So a model that is launched anew before ``/api/ps`` has shown it
-loaded counts as failed, whatever its context and batch are now (Ollama retries with smaller ones). Pure but for the clock.
+A load failed where the proxy saw the answer that says so, or where the model is launched anew, before ``/api/ps`` has shown it,
+with a smaller context: so Ollama itself tries again. The same load once more proves nothing, since its client may have left, or
+it was over before anybody looked; only the second such load in a row, with nothing seen of either, counts. Pure save the clock.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -26,6 +27,9 @@ PENDING_S = 900.0
 BLOBS_KEPT = 1024
 """Models remembered of each kind."""
 
+UNPROVEN_TRIES = 2
+"""Loads in a row that ended unseen and for no known reason: so many count as one that failed."""
+
 MOST_CAREFUL = 2
 """0 is the plan, 1 the plan with a wider margin, 2 what stock Ollama would do."""
 
@@ -38,6 +42,7 @@ def blob_name(path: str) -> str:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Given:
     answer: object
+    context: int
     at: float
 
 
@@ -55,6 +60,7 @@ class Launches:
         self._clock = clock
         self._pending: OrderedDict[str, _Given] = OrderedDict()
         self._failures: OrderedDict[str, _Failure] = OrderedDict()
+        self._unseen: OrderedDict[str, int] = OrderedDict()  # loads in a row that ended so
         self._expected: OrderedDict[str, None] = OrderedDict()
         self._names: OrderedDict[str, str] = OrderedDict()
         self._placed: OrderedDict[str, tuple[Plan, Candidate]] = OrderedDict()
@@ -76,17 +82,22 @@ class Launches:
         self._expected.pop(blob, None)
         self._placed.pop(blob, None)
 
-    def careful(self, blob: str) -> int:
-        """How careful the answer for ``blob`` must be; the one before has failed if it is still open."""
-        open_answer = self._pending.pop(blob, None)
+    def careful(self, blob: str, context: int) -> int:
+        """How careful the answer for ``blob`` must be, now that it is launched with ``context`` tokens in all."""
         before = self._before(blob)
+        open_answer = self._pending.pop(blob, None)
         if open_answer is None or self._clock() - open_answer.at > PENDING_S:
+            self._unseen.pop(blob, None)
             return before
-        return self._failed(blob, before + 1, open_answer.answer)
+        unseen = self._unseen.get(blob, 0) + 1
+        if context < open_answer.context or unseen >= UNPROVEN_TRIES:
+            return self._failed(blob, before + 1, open_answer.answer)
+        _put(self._unseen, blob, unseen)
+        return before
 
-    def given(self, blob: str, answer: object) -> None:
+    def given(self, blob: str, answer: object, context: int) -> None:
         """``answer`` went out for ``blob``: from now on it is open whether that loads."""
-        _put(self._pending, blob, _Given(answer=answer, at=self._clock()))
+        _put(self._pending, blob, _Given(answer=answer, context=context, at=self._clock()))
 
     def place(self, blob: str, plan: Plan, candidate: Candidate) -> None:
         """``blob`` was last told to go where ``candidate`` of ``plan`` has it."""
@@ -97,7 +108,7 @@ class Launches:
         return self._placed.get(blob)
 
     def has_failed(self, blob: str, answer: object) -> bool:
-        """Whether this very answer is the one that failed last."""
+        """Whether this very answer is the one that failed last, and nothing has loaded since."""
         failure = self._failures.get(blob)
         return failure is not None and failure.answer == answer
 
@@ -123,7 +134,14 @@ class Launches:
         return [blob for blob, given in self._pending.items() if now - given.at <= PENDING_S]
 
     def loaded(self, blob: str) -> None:
-        """``/api/ps`` shows ``blob``, or a request for it was answered: its load went well."""
+        """``/api/ps`` shows ``blob``, or a request for it was answered: its load went well, and the answer may be given again."""
+        self._pending.pop(blob, None)
+        self._unseen.pop(blob, None)
+        if failure := self._failures.get(blob):
+            self._failures[blob] = replace(failure, answer=None)
+
+    def left(self, blob: str) -> None:
+        """The client that ``blob`` was loaded for has left, and Ollama ends such a load: what becomes of it means nothing."""
         self._pending.pop(blob, None)
 
     def expect(self, blob: str) -> None:
@@ -156,6 +174,7 @@ class Launches:
 
     def _failed(self, blob: str, careful: int, answer: object) -> int:
         careful = min(careful, MOST_CAREFUL)
+        self._unseen.pop(blob, None)
         _put(self._failures, blob, _Failure(careful=careful, answer=answer, at=self._clock()))
         return careful
 

@@ -140,7 +140,8 @@ class Launching:
         if not devices:
             raise GpuError("no GPU is visible to it")
         blob, names = request.blob, tuple(devices)
-        careful = self._launches.careful(blob)
+        context = request.settings.total_ctx
+        careful = self._launches.careful(blob, context)
         machine = Rig(gpus=tuple(devices.values()), host=rig.host) if rig else Rig(gpus=tuple(devices.values()))
         plan = await self._plan(request, names, machine, careful)
         if self._rules.current().by_name and self._plans_for.rule(await self._name(blob)).off:
@@ -154,7 +155,7 @@ class Launching:
         if arguments or taken is plan.stock:
             self._launches.place(blob, plan, taken)
         if arguments:
-            self._launches.given(blob, (request.settings, arguments))
+            self._launches.given(blob, (request.settings, arguments), context)
             self._watch()
         how = ("", ", with a wider margin", ", as stock would: its plans have failed")[careful]
         log.info("%s: %s%s", plan.profile.name or blob[:19], " ".join(arguments or ("Ollama's own arguments",)), how)

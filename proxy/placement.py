@@ -166,11 +166,14 @@ class Placements:
             reason = f"planning failed: {type(error).__name__}: {error}"
         return self._known(request, certain=False) or self._as_it_is(request.model, reason)
 
-    def done(self, decision: Decision, *, loaded: bool) -> None:
-        """The request is over; ``loaded`` where Ollama answered it, so that the model was in memory."""
+    def done(self, decision: Decision, *, loaded: bool, left: bool = False) -> None:
+        """The request is over; ``loaded`` where Ollama answered it, so that the model was in memory, ``left`` where its client
+        did not wait for that."""
         in_force = decision.in_force
         if in_force is not None and (slot := self._slots.get(in_force.blob)):
             slot.users -= 1
+            if left and not loaded and not slot.users:
+                self._launches.left(blob_name(in_force.blob))
             if loaded and slot.current is in_force:
                 slot.seen_at = self._clock()
             if loaded and not self._launches.answered(blob_name(in_force.blob)):

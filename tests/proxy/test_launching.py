@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,28 @@ class Machine:
         body = {"model": name, "prompt": "x", "stream": False, "options": {"num_predict": 1, **options}}
         return httpx.post(self.url + "/api/generate", json=body, timeout=10)
 
+    @contextmanager
+    def waiting_client(self, name: str, **options: object) -> Iterator[None]:
+        """A client whose request has reached Ollama, and who leaves at the end."""
+        body = json.dumps({"model": name, "prompt": "x", "options": options}).encode()
+        before = len(self.simulator.requests)
+        url = httpx.URL(self.url)
+        with socket.create_connection((url.host, url.port), timeout=10) as client:
+            client.sendall(b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            wait_until(lambda: any(r.path == "/api/generate" for r in list(self.simulator.requests)[before:]))
+            yield
+
     def placed(self) -> dict[str, object]:
         """The options of the last request that reached Ollama."""
         request = next(request for request in reversed(self.simulator.requests) if request.path == "/api/generate")
         return json.loads(request.body)["options"]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -136,18 +155,33 @@ def test_a_load_that_fails_gets_the_wider_plan_and_then_unspread_stock(tmp_path)
         second = machine.appended("phi4:14b", context=4096)  # Ollama's own retry asks for less
         assert first[:2] == second[:2] == ("--device", "CUDA1,CUDA0")
         assert first != second
-        assert machine.appended("phi4:14b", context=4096) == SOLO
+        assert machine.appended("phi4:14b", context=2048) == SOLO
         assert margins[:2] == [MARGIN_BYTES, WIDER_MARGIN_BYTES]
 
 
-def test_the_same_answer_is_not_tried_twice(tmp_path):
+def test_the_same_answer_is_not_tried_again_once_it_has_failed(tmp_path):
     def planner(profile, rig, request):
         split = Placement(layers=(profile.n_layers - 5, 5), order=(1, 0), output_gpu=0)
         return make(profile, rig, request, split, solo(0, n_gpus=2, n_layers=profile.n_layers))
 
     with make_machine(tmp_path, planner=planner) as machine:
-        assert machine.appended("phi4:14b")[:2] == ("--device", "CUDA1,CUDA0")
+        for _ in range(2):  # the second time it may be that the client had left
+            assert machine.appended("phi4:14b")[:2] == ("--device", "CUDA1,CUDA0")
         assert machine.appended("phi4:14b") == SOLO
+
+
+def test_a_load_that_its_client_did_not_wait_for_has_not_failed(tmp_path):
+    def planner(profile, rig, request):
+        split = Placement(layers=(profile.n_layers - 5, 5), order=(1, 0), output_gpu=0)
+        return make(profile, rig, request, split, solo(0, n_gpus=2, n_layers=profile.n_layers))
+
+    with make_machine(tmp_path, planner=planner) as machine:
+        machine.launch("llama3.1:8b")  # from here on the launcher is known to answer
+        machine.simulator.scheduler.time_scale = 1.0  # a load takes its seconds
+        for left in range(1, 4):
+            with machine.waiting_client("phi4:14b", num_ctx=8192):
+                assert machine.appended("phi4:14b")[:2] == ("--device", "CUDA1,CUDA0")
+            wait_until(lambda left=left: machine.simulator.cancelled == left)
 
 
 def test_a_model_that_was_loaded_meanwhile_has_not_failed(machine):
