@@ -2,7 +2,8 @@
 
 At every moment there is a whole ``llama-server`` in the folder, the launcher or Ollama's own, and never is Ollama's own
 without a name: the original first gets a second name (``llama-server.stock``, a hard link), then the launcher replaces the
-first one by a rename. Whatever is interrupted, doing it again finishes it.
+first one by a rename. Whatever is interrupted, doing it again finishes it. One command at a time works on a folder, which is
+locked from the look at it to the end; and what an update has left there takes nobody's place before it has been seen to run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from proxy.errors import LauncherError
 
 NAME = "llama-server"
 STOCK = "llama-server.stock"
+BEFORE = "llama-server.stock.old"
+"""The original that an update has outdated, until the newer one has been tried."""
 CONFIG = "llama-server.lopsided"
 CACHE = "llama-server.cache"
 MARK = b"lopsided's launcher"
@@ -105,16 +108,20 @@ def install(library: Path, *, url: str, token: str | None, user: str | None = No
     ``url`` and ``token`` are lopsided's, ``user`` is whom Ollama runs as. Raises ``LauncherError``, and what was in force stays.
     """
     _refuse_other_systems()
-    found = inspect(library)
-    if found.state in ("none", "lost"):
-        raise LauncherError(f"{library}: {SAYINGS[found.state]}")
     if not parse_address(url).is_loopback() and not token:
         raise LauncherError(f"{url} is another machine's: it takes a LOPSIDED_TOKEN, the same that lopsided there has")
     owner = _owner(user)
-    file, stock, new = library / NAME, library / STOCK, library / f"{NAME}.new"
-    try:
-        with _explained(library):
+    file, stock, new, before = (library / name for name in (NAME, STOCK, f"{NAME}.new", BEFORE))
+    with _explained(library), _locked(library):
+        found = inspect(library)
+        if found.state in ("none", "lost"):
+            raise LauncherError(f"{library}: {SAYINGS[found.state]}")
+        _check_bash()
+        try:
             if found.state in ("absent", "replaced"):
+                _check_runs(file)
+                if found.state == "replaced":
+                    stock.replace(before)
                 _second_name(file, stock)
             new.write_bytes(shipped_launcher().read_bytes())
             new.chmod(0o755)
@@ -122,30 +129,34 @@ def install(library: Path, *, url: str, token: str | None, user: str | None = No
             _write_config(library / CONFIG, url, token, owner)
             _make_cache(library / CACHE, owner)
             new.replace(file)
-    except LauncherError:
-        new.unlink(missing_ok=True)
-        if found.state == "absent":
-            stock.unlink(missing_ok=True)
-        raise
-    return inspect(library)
+        except (LauncherError, OSError):
+            new.unlink(missing_ok=True)
+            if before.exists():
+                before.replace(stock)
+            elif found.state == "absent" and stock.exists() and stock.samefile(file):
+                stock.unlink()
+            raise
+        before.unlink(missing_ok=True)
+        return inspect(library)
 
 
 def remove(library: Path) -> Installation:
     """Puts Ollama's own llama-server back and deletes what ``install`` wrote. Raises ``LauncherError``."""
     _refuse_other_systems()
-    found = inspect(library)
-    if found.state == "lost":
-        raise LauncherError(f"{library}: {SAYINGS[found.state]}")
-    with _explained(library):
+    with _explained(library), _locked(library):
+        found = inspect(library)
+        if found.state == "lost":
+            raise LauncherError(f"{library}: {SAYINGS[found.state]}")
         if found.state in ("installed", "interrupted"):
             (library / STOCK).replace(library / NAME)
         elif found.state == "replaced":  # the older Ollama's
+            _check_runs(library / NAME)
             (library / STOCK).unlink()
-        for name in (f"{NAME}.new", f"{STOCK}.new", f"{CONFIG}.new", CONFIG):
+        for name in (f"{NAME}.new", f"{STOCK}.new", f"{CONFIG}.new", BEFORE, CONFIG):
             (library / name).unlink(missing_ok=True)
         if (library / CACHE).is_dir():
             shutil.rmtree(library / CACHE)
-    return inspect(library)
+        return inspect(library)
 
 
 def _is_launcher(path: Path) -> bool:
@@ -188,6 +199,8 @@ def _owner(user: str | None) -> tuple[int, int] | None:
 
 def _second_name(file: Path, stock: Path) -> None:
     """Makes ``stock`` the same file as ``file``, which keeps its name; a whole copy where the file system knows no links."""
+    if _is_launcher(file):
+        raise LauncherError(f"{file} is the launcher, and no llama-server of Ollama's")
     spare = stock.with_name(f"{STOCK}.new")
     spare.unlink(missing_ok=True)
     if stock.exists() and stock.samefile(file):  # a rename between two names of one file does nothing
@@ -202,26 +215,43 @@ def _second_name(file: Path, stock: Path) -> None:
 
 
 def _try(launcher: Path, stock: Path) -> None:
-    """The launcher must do what the real binary does. Raises ``LauncherError``: no bash, an old one, nothing runs."""
-    environment = {
-        **os.environ,
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(stock.parent), os.environ.get("LD_LIBRARY_PATH")))),
-    }
+    """The launcher must do what the real binary does. Raises ``LauncherError`` where it does not."""
+    ends = [_version(program) for program in (stock, launcher)]
+    if (ends[0].returncode, ends[0].stdout) != (ends[1].returncode, ends[1].stdout):
+        raise LauncherError(f"tried before it was put in place, the launcher does not start llama-server: {_said(ends[1])}")
+
+
+def _check_runs(file: Path) -> None:
+    """Ollama's own llama-server must be whole. Raises ``LauncherError`` where an update was cut off, or left it broken."""
+    end = _version(file)
+    if end.returncode != 0:
+        raise LauncherError(f"{file} --version fails, so nothing was changed ({_said(end)}); install Ollama again")
+
+
+def _check_bash() -> None:
     try:
-        bash = subprocess.run(["bash", "-c", "echo ${EPOCHREALTIME:+new}"], capture_output=True, check=False, timeout=TRY_S)  # noqa: S607 - as the script's first line finds it
-        if bash.stdout.strip() != b"new":
-            raise LauncherError("the launcher needs bash 5.0 or later, and the one here is older")
-        ends = [
-            subprocess.run([program, "--version"], env=environment, capture_output=True, check=False, timeout=TRY_S)  # noqa: S603
-            for program in (stock, launcher)
-        ]
+        bash = subprocess.run(["bash", "-c", "echo ${EPOCHREALTIME:+new}"], capture_output=True, check=False)  # noqa: S607 - as the script's first line finds it
     except FileNotFoundError as error:
         raise LauncherError("the launcher needs bash, and there is none") from error
+    if bash.stdout.strip() != b"new":
+        raise LauncherError("the launcher needs bash 5.0 or later, and the one here is older")
+
+
+def _version(program: Path) -> subprocess.CompletedProcess[bytes]:
+    """How ``program --version`` ends, with the libraries beside it. Raises ``LauncherError`` where it can't be told."""
+    libraries = os.pathsep.join(filter(None, (str(program.parent), os.environ.get("LD_LIBRARY_PATH"))))
+    environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
+    try:
+        return subprocess.run([program, "--version"], env=environment, capture_output=True, check=False, timeout=TRY_S)  # noqa: S603
     except subprocess.TimeoutExpired as error:
-        raise LauncherError(f"llama-server --version does not end within {TRY_S:g} s") from error
-    if (ends[0].returncode, ends[0].stdout) != (ends[1].returncode, ends[1].stdout):
-        said = ends[1].stderr.decode(errors="replace").strip() or f"status {ends[1].returncode}"
-        raise LauncherError(f"tried before it was put in place, the launcher does not start llama-server: {said}")
+        raise LauncherError(f"{program} --version does not end within {TRY_S:g} s") from error
+    except OSError as error:
+        why = error.strerror
+        raise LauncherError(f"{program} cannot be started, so nothing was changed ({why}); install Ollama again") from error
+
+
+def _said(end: subprocess.CompletedProcess[bytes]) -> str:
+    return end.stderr.decode(errors="replace").strip() or f"status {end.returncode}"
 
 
 def _write_config(path: Path, url: str, token: str | None, owner: tuple[int, int] | None) -> None:
@@ -250,3 +280,16 @@ def _explained(library: Path) -> Iterator[None]:
         raise LauncherError(f"{library} may not be written by this user; run it again with sudo") from error
     except OSError as error:
         raise LauncherError(f"{library} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _locked(library: Path) -> Iterator[None]:
+    """Waits until no other command works on ``library``, and keeps others waiting meanwhile; ``docker/entrypoint`` too."""
+    import fcntl  # there is none on Windows, where this module is imported too
+
+    folder = os.open(library, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

@@ -401,6 +401,19 @@ def test_without_the_real_server_it_says_so(library):
     assert "llama-server.stock is missing" in ended.stderr
 
 
+@pytest.mark.parametrize("how", ["copy", "link", "hard link"])
+def test_it_never_starts_itself(library, how):
+    (library.path / "llama-server.stock").unlink()
+    if how == "copy":
+        shutil.copy2(SCRIPT, library.path / "llama-server.stock")
+    elif how == "link":
+        (library.path / "llama-server.stock").symlink_to("llama-server")
+    else:
+        (library.path / "llama-server.stock").hardlink_to(library.path / "llama-server")
+    ended = subprocess.run([library.path / "llama-server", "--version"], capture_output=True, text=True, timeout=10, check=False)
+    assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (127, "", 1)
+
+
 def test_no_variable_is_used_that_is_not_set(library):
     with serving(plan(SPLIT)) as server:
         first = library.start(LOPSIDED_URL=server.url, shell=("bash", "-u"), CUDA_VISIBLE_DEVICES="0,1")

@@ -8,7 +8,11 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ from click.testing import CliRunner
 from planner.hardware import Gpu
 from proxy import installation, launcher
 from proxy.errors import LauncherError
-from proxy.installation import CACHE, CONFIG, NAME, STOCK, find_library, inspect, install, remove, shipped_launcher
+from proxy.installation import BEFORE, CACHE, CONFIG, NAME, STOCK, find_library, inspect, install, remove, shipped_launcher
 from proxy.launcher import hidden_cards_problem, launcher_commands, missing_variables, ollama_environment
 
 URL = "http://127.0.0.1:11435"
@@ -142,7 +146,7 @@ FILE_CALLS = ("link", "replace", "unlink", "chmod", "mkdir", "open")
 
 
 @pytest.mark.parametrize("update", [False, True], ids=["first", "after an update"])
-@pytest.mark.parametrize("stop_after", range(10))
+@pytest.mark.parametrize("stop_after", range(13))
 def test_interrupted_anywhere_there_is_a_llama_server_and_installing_again_works(library, monkeypatch, stop_after, update):
     """The process ends before its n-th change to the folder."""
     current = "version: 1"
@@ -179,11 +183,79 @@ def test_interrupted_anywhere_there_is_a_llama_server_and_installing_again_works
     install(library, url=URL, token=None)
     assert version(library) == f"{current} --version\n"
     assert names(library) == {NAME, STOCK, CONFIG, CACHE}
-    for leftover in (f"{NAME}.new", f"{STOCK}.new", f"{CONFIG}.new"):
+    for leftover in (f"{NAME}.new", f"{STOCK}.new", f"{CONFIG}.new", BEFORE):
         put(library / leftover, b"")
     remove(library)
     assert names(library) == {NAME}
     assert (library / NAME).read_bytes() == real(current)
+
+
+def test_commands_at_the_same_time_never_lose_the_original(library):
+    add = partial(install, url=URL, token=None)
+    for actions in ([add] * 4, [add, remove] * 2):
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                for run in [pool.submit(act, library) for act in actions]:
+                    assert run.result().state in ("installed", "absent")
+                assert version(library) == "version: 1 --version\n"
+        install(library, url=URL, token=None)
+        assert (library / STOCK).read_bytes() == real()
+
+
+def test_a_command_waits_for_the_one_before(library, monkeypatch):
+    # the second looks at the folder only once the first is through, so it never takes the launcher for the original
+    ends, inspected = [], threading.Event()
+    look = installation.inspect
+
+    def noted(folder):
+        inspected.set()
+        return look(folder)
+
+    monkeypatch.setattr(installation, "inspect", noted)
+    with installation._locked(library):
+        second = threading.Thread(target=lambda: ends.append(install(library, url=URL, token=None)))
+        second.start()
+        assert not inspected.wait(0.3)
+    second.join(timeout=20)
+    assert [end.state for end in ends] == ["installed"]
+
+
+def test_the_launcher_never_becomes_the_original(library, monkeypatch):
+    install(library, url=URL, token=None)
+    found = inspect(library)
+    monkeypatch.setattr(installation, "inspect", lambda _: replace(found, state="absent"))  # as a look too early would have it
+    with pytest.raises(LauncherError, match="is the launcher"):
+        install(library, url=URL, token=None)
+    assert version(library) == "version: 1 --version\n"
+
+
+BROKEN = {"empty": b"", "cut off": b"\x7fELF\x02\x01\x01" + bytes(60), "failing": b"#!/bin/sh\necho broken >&2; exit 3\n"}
+"""What an update of Ollama leaves behind that was cut off, or whose libraries are missing."""
+
+
+@pytest.mark.parametrize("action", ["install", "remove"])
+@pytest.mark.parametrize("left", BROKEN)
+def test_what_a_broken_update_has_left_takes_nobodys_place(library, left, action):
+    install(library, url=URL, token=None)
+    put(library / NAME, BROKEN[left])
+    before = {path.name: path.read_bytes() for path in library.iterdir() if path.is_file()}
+    with pytest.raises(LauncherError, match="nothing was changed"):
+        install(library, url=URL, token=None) if action == "install" else remove(library)
+    assert {path.name: path.read_bytes() for path in library.iterdir() if path.is_file()} == before
+    assert before[STOCK] == real()
+
+
+def test_the_original_before_an_update_stays_until_the_launcher_has_been_tried(library, monkeypatch, tmp_path):
+    install(library, url=URL, token=None)
+    put(library / NAME, real("version: 2"))
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"#!/bin/sh\n# lopsided's launcher\necho no good >&2; exit 3\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(installation, "shipped_launcher", lambda: broken)
+        with pytest.raises(LauncherError, match="no good"):
+            install(library, url=URL, token=None)
+    assert ((library / NAME).read_bytes(), (library / STOCK).read_bytes()) == (real("version: 2"), real())
+    assert names(library) == {NAME, STOCK, CONFIG, CACHE}
 
 
 def test_a_file_system_without_links_gets_a_copy(library, monkeypatch):
@@ -394,13 +466,17 @@ def test_hidden_cards_stop_the_installation(library, run):
 # The container's entrypoint
 
 
-def enter(library: Path, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Starts the container: its ``ollama`` prints what it was given, the token too."""
+def prepare_image(tmp_path: Path) -> None:
     if not (tmp_path / "image").exists():
         (tmp_path / "image").mkdir()
         shutil.copy2(ENTRYPOINT, tmp_path / "image")
         shutil.copy2(shipped_launcher(), tmp_path / "image")
         put(tmp_path / "image" / "ollama", b'#!/bin/sh\necho "ollama $* $LOPSIDED_TOKEN"\n')
+
+
+def enter(library: Path, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Starts the container: its ``ollama`` prints what it was given, the token too."""
+    prepare_image(tmp_path)
     path = f"{tmp_path / 'image'}:{os.environ['PATH']}"
     return subprocess.run(
         [tmp_path / "image" / "entrypoint", "serve"],
@@ -464,3 +540,42 @@ def test_the_containers_share_a_token_that_is_made_once(library, tmp_path):
     broken = enter(library, tmp_path, LOPSIDED_TOKEN_FILE=str(tmp_path / "no" / "folder"))
     assert broken.stdout == "ollama serve \n"
     assert "set LOPSIDED_TOKEN" in broken.stderr
+
+
+@pytest.mark.parametrize("left", BROKEN)
+def test_the_container_keeps_the_original_where_an_update_has_left_a_broken_one(library, tmp_path, left):
+    enter(library, tmp_path)
+    put(library / NAME, BROKEN[left])
+    started = enter(library, tmp_path)
+    assert started.stdout == "ollama serve \n"
+    assert started.stderr == f"lopsided: {library}/llama-server does not run: started without the launcher\n"
+    assert (library / STOCK).read_bytes() == real()
+    assert (library / NAME).read_bytes() == BROKEN[left]
+
+
+def test_containers_that_start_at_the_same_time_end_with_one_launcher_and_one_token(library, tmp_path):
+    token = tmp_path / "shared-token"
+    prepare_image(tmp_path)
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            runs = [pool.submit(enter, library, tmp_path, LOPSIDED_TOKEN_FILE=str(token)) for _ in range(4)]
+            started = {(run.result().stdout, run.result().stderr) for run in runs}
+        assert started == {(f"ollama serve {token.read_text()}\n", "")}
+        assert (library / STOCK).read_bytes() == real()
+        assert version(library) == "version: 1 --version\n"
+        assert names(library) == {NAME, STOCK, CACHE}
+        remove(library)
+        token.unlink()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["image", "lib"]
+
+
+def test_the_container_waits_for_a_command_that_works_on_the_folder(library, tmp_path):
+    prepare_image(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        with installation._locked(library):
+            started = pool.submit(enter, library, tmp_path)
+            with pytest.raises(TimeoutError):
+                started.result(timeout=0.3)
+            assert names(library) == {NAME}
+        assert started.result().stderr == ""
+    assert inspect(library).state == "installed"
