@@ -128,6 +128,12 @@ class Library:
     def cache(self) -> Path:
         return self.path / "llama-server.cache"
 
+    def wait(self) -> None:
+        """As if two minutes went by: kept answers are then as good as ever."""
+        for record in self.cache.iterdir():
+            lines = record.read_text().splitlines(keepends=True)
+            record.write_text("".join(f"{int(line[:10]) - 121}{line[10:]}" for line in lines))
+
     def listed(self) -> int:
         """How often ``--list-devices`` was run."""
         log = self.path / "listed"
@@ -418,6 +424,7 @@ def test_no_variable_is_used_that_is_not_set(library):
     with serving(plan(SPLIT)) as server:
         first = library.start(LOPSIDED_URL=server.url, shell=("bash", "-u"), CUDA_VISIBLE_DEVICES="0,1")
         second = library.start(LOPSIDED_URL=None, shell=("bash", "-u"), CUDA_VISIBLE_DEVICES=None)
+    library.wait()
     kept = library.start(LOPSIDED_URL=server.url, shell=("bash", "-u"))
     assert (first.appended(), second.appended(), kept.appended()) == (SPLIT, (), SPLIT)
     assert [len(start.said.splitlines()) for start in (first, second, kept)] == [1, 1, 1]
@@ -650,6 +657,7 @@ def test_the_last_good_answer_is_used_when_lopsided_is_gone_or_odd(library):
     with serving(plan(SPLIT)) as server:
         library.start(LOPSIDED_URL=server.url)
         server.answering = http(500)
+        library.wait()
         start = library.start(*("51656" if argument == "40967" else argument for argument in LOAD), LOPSIDED_URL=server.url)
     assert start.arguments[-len(SPLIT) :] == SPLIT
     assert start.said == f"lopsided: {server.url} answers with HTTP status 500; its last answer: {' '.join(SPLIT)}\n"
@@ -670,20 +678,43 @@ def test_the_last_good_answer_is_used_when_lopsided_is_gone_or_odd(library):
 def test_the_last_answer_is_for_the_same_load_only(library, changed):
     with serving(plan(SPLIT)) as server:
         library.start(LOPSIDED_URL=server.url)
+    library.wait()
     arguments = changed.pop("arguments", LOAD)
     assert library.start(*arguments, LOPSIDED_URL=server.url, **changed).appended(arguments) == ()
 
 
-def test_a_last_answer_that_was_used_just_now_has_not_worked(library):
+def test_a_last_answer_that_was_given_just_now_may_not_have_worked(library):
+    # the first time by lopsided itself, which then ended: the same load so soon is Ollama's next try
     with serving(plan(SPLIT)) as server:
         library.start(LOPSIDED_URL=server.url)
+    for _ in range(2):
+        again = library.start(LOPSIDED_URL=server.url)
+        assert again.appended() == ()
+        assert "tried just now" in again.said
+        library.wait()
+        assert library.start(LOPSIDED_URL=server.url).appended() == SPLIT
+
+
+@pytest.mark.parametrize(("names", "appended"), [("ROCm0 RPC0", True), ("RPC0 ROCm1", False), ("", False)])
+def test_devices_that_a_kept_answer_names_must_still_be_there(library, names, appended):
+    # shows: Ollama's environment does not say what ROCm, Vulkan and other machines have, so the list is asked
+    (library.path / "devices").write_text(ROCM_LIST)
+    with serving_devices(plan(ROCM_SPLIT)) as server:
+        library.start(LOPSIDED_URL=server.url)
+    library.wait()
+    (library.path / "devices").write_text("".join(f"  {name}: X (16368 MiB, 16000 MiB free)\n" for name in names.split()))
+    start = library.start(LOPSIDED_URL=server.url)
+    assert start.appended() == (ROCM_SPLIT if appended else ())
+    assert library.listed() == 2
+    assert len(start.said.splitlines()) == 1
+
+
+def test_a_kept_answer_for_cuda_is_used_without_the_list(library):
+    with serving(plan(SPLIT)) as server:
+        library.start(LOPSIDED_URL=server.url)
+    library.wait()
     assert library.start(LOPSIDED_URL=server.url).appended() == SPLIT
-    again = library.start(LOPSIDED_URL=server.url)
-    assert again.appended() == ()
-    assert "tried just now" in again.said
-    record = next(library.cache.iterdir())
-    record.write_text("".join(f"{int(line[:10]) - 121}{line[10:]}" for line in record.read_text().splitlines(keepends=True)))
-    assert library.start(LOPSIDED_URL=server.url).appended() == SPLIT
+    assert library.listed() == 0
 
 
 def test_the_answer_stock_is_remembered_too(library):
@@ -694,13 +725,22 @@ def test_the_answer_stock_is_remembered_too(library):
     assert library.start(LOPSIDED_URL=server.url).appended() == ()
 
 
-def test_an_equal_answer_writes_nothing(library):
+def test_a_record_that_cannot_be_written_leaves_nothing_behind(library):
+    record = library.cache / RECORDED.rpartition("/")[2]
+    record.mkdir()
+    with serving(plan(SPLIT)) as server:
+        assert library.start(LOPSIDED_URL=server.url).appended() == SPLIT
+    assert (list(library.cache.iterdir()), list(record.iterdir())) == ([record], [])
+
+
+@pytest.mark.parametrize("cut", range(0, 210, 30))
+def test_of_a_record_whose_writing_was_cut_off_nothing_is_used(library, cut):
     with serving(plan(SPLIT)) as server:
         library.start(LOPSIDED_URL=server.url)
-        before = next(library.cache.iterdir()).stat()
-        library.start(LOPSIDED_URL=server.url)
-    after = next(library.cache.iterdir()).stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    library.wait()
+    (record,) = library.cache.iterdir()
+    record.write_bytes(record.read_bytes()[:cut])
+    check_fault(library.start(LOPSIDED_URL=server.url))
 
 
 def test_a_few_answers_are_kept_for_each_model(library):
@@ -713,6 +753,7 @@ def test_a_few_answers_are_kept_for_each_model(library):
     (record,) = library.cache.iterdir()
     assert record.name == RECORDED.rpartition("/")[2]
     assert len(record.read_text().splitlines()) == 8
+    library.wait()
     assert library.start(*load(3), LOPSIDED_URL=server.url).appended(load(3)) == SPLIT
     assert library.start(*load(2), LOPSIDED_URL=server.url).appended(load(2)) == ()
 
@@ -723,6 +764,7 @@ def test_a_kept_answer_is_checked_like_any_other(library, answer_kept):
         library.start(LOPSIDED_URL=server.url)
     record = next(library.cache.iterdir())
     record.write_text(record.read_text().replace(" ".join(SPLIT), answer_kept))
+    library.wait()
     check_fault(library.start(LOPSIDED_URL=server.url))
 
 
@@ -738,6 +780,51 @@ def test_without_its_folder_nothing_is_kept_and_all_else_works(library):
         assert library.start(LOPSIDED_URL=server.url).appended() == SPLIT
     check_fault(library.start(LOPSIDED_URL=server.url))
     assert not library.cache.exists()
+
+
+# What Ollama's own environment may bring along
+
+
+def test_settings_and_functions_of_a_user_do_not_reach_the_script(library):
+    # a trace would print the token to Ollama's log, and a function could stand for any command
+    odd = {
+        "SHELLOPTS": "xtrace",
+        "BASH_ENV": str(library.path / "rc"),
+        "BASH_FUNC_printf%%": "() { echo hijacked >&2; }",
+        "BASH_FUNC_exec%%": "() { echo hijacked >&2; }",
+    }
+    (library.path / "rc").write_text("echo hijacked >&2\n")
+    with serving(plan(SPLIT)) as server:
+        start = library.start(LOPSIDED_URL=server.url, LOPSIDED_TOKEN="s3cret", **odd)
+    assert start.appended() == SPLIT
+    assert start.said == f"lopsided: {' '.join(SPLIT)}\n"
+
+
+def test_what_the_script_keeps_in_variables_does_not_leave_it(library):
+    (library.path / "llama-server.lopsided").write_text("LOPSIDED_URL=http://127.0.0.1:1\nLOPSIDED_TOKEN=s3cret\n")
+    exported = dict.fromkeys(("token", "url", "host", "body", "extra", "collected", "record_answer", "seconds"), "mine")
+    environment = library.start(**exported).environment
+    assert "s3cret" not in str(environment)
+    assert {environment.get(name) for name in exported} <= {None, "mine"}
+
+
+def test_killed_while_it_asks_it_leaves_nobody_with_ollamas_pipe(library):
+    with serving(silent) as server:
+        process = subprocess.Popen(
+            [library.path / "llama-server", *LOAD],
+            env={"PATH": os.environ["PATH"], "LOPSIDED_URL": server.url, "CUDA_VISIBLE_DEVICES": "0"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.monotonic() + 10
+        while not server.requests:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        begin = time.monotonic()
+        assert process.communicate(timeout=10) == (b"", b"")  # returns once nobody has the pipes any more
+        assert time.monotonic() - begin < 1.0
 
 
 # Cost and form
