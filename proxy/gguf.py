@@ -50,6 +50,9 @@ _MIN_KEY_BYTES = 8 + 4 + 1
 """Name length, value type, a value of one byte."""
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
 """Name length, dimension count, type, offset."""
+MISSING_NAMED = 8
+"""Parts that are not there, as an error names them."""
+
 _SPLIT_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 """``llama_split_path``: parts are named from 1, ``split.no`` counts from 0."""
 
@@ -259,7 +262,7 @@ def _read_tensor(reader: BoundedReader) -> tuple[Tensor, int]:
 
 def _read_parts(path: Path, header: GgufHeader) -> list[GgufHeader]:
     match = _SPLIT_NAME.match(path.name)
-    if not match:
+    if not match or int(match["count"]) != header.split_count:
         raise GgufError(
             f"{path.name} is part {header.split_index + 1} of {header.split_count} of a split model; "
             f"its parts are found by names that end in -00001-of-{header.split_count:05}.gguf"
@@ -267,7 +270,8 @@ def _read_parts(path: Path, header: GgufHeader) -> list[GgufHeader]:
     names = [f"{match['stem']}-{i + 1:05}-of-{header.split_count:05}.gguf" for i in range(header.split_count)]
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
-        raise GgufError(f"{path.name} is one of {header.split_count} parts of a model; missing: {', '.join(missing)}")
+        named = ", ".join(missing[:MISSING_NAMED]) + (", …" if len(missing) > MISSING_NAMED else "")
+        raise GgufError(f"{path.name} is one of {header.split_count} parts of a model; missing: {named}")
     return [read_header(path.parent / name) for name in names]
 
 

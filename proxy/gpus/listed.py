@@ -17,7 +17,8 @@ from planner.units import MIB
 from proxy.errors import GpuError
 from proxy.gpus.specs import find_card
 
-_LINE = re.compile(r"^ +([A-Za-z]+)(\d+): (.*) \((\d+) MiB, (\d+) MiB free\)\s*$", re.MULTILINE)
+_LINE = re.compile(r"^ +([A-Za-z]+)([0-9]{1,9}): (.*) \(([0-9]{1,9}) MiB, ([0-9]{1,9}) MiB free\)\s*$", re.MULTILINE)
+"""Nine digits are a million GiB; Python refuses to read thousands of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -299,6 +299,23 @@ def test_split_models_are_read_whole_from_any_part(parts):
     assert profiles[0].architecture == "llama"
 
 
+@pytest.mark.parametrize("count", [2, 4, 10**5, 2**32 - 1])
+def test_a_part_that_counts_other_parts_than_its_name_is_refused_at_once(parts, count):
+    """Nothing is listed for a number that no name can have."""
+    parts[0].write_bytes(gguf({"split.no": 0, "split.count": count}, TENSORS[:2]))
+    with pytest.raises(GgufError, match=f"is part 1 of {count} of a split model"):
+        read_profile(parts[0])
+
+
+def test_many_missing_parts_are_not_all_named(tmp_path):
+    """An error stays readable."""
+    path = tmp_path / "m-00001-of-65535.gguf"
+    path.write_bytes(gguf({"split.no": 0, "split.count": 65535}, TENSORS[:2]))
+    with pytest.raises(GgufError, match="missing: m-00002-of-65535.gguf") as caught:
+        read_profile(path)
+    assert len(str(caught.value)) < 500
+
+
 def test_a_split_model_says_which_part_is_missing(parts, tmp_path):
     """A part that is not there, a part under a strange name, and parts that don't hold all tensors."""
     renamed = tmp_path / "blob"

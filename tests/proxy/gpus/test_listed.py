@@ -1,5 +1,7 @@
 """Lists of devices as llama-server prints them."""
 
+import pytest
+
 from planner.hardware import Gpu
 from planner.units import MIB
 from proxy.gpus.listed import parse_listing, rig_of
@@ -28,6 +30,14 @@ def test_devices_are_listed_in_order_and_other_lines_passed_over():
 
 def test_a_device_has_no_more_free_than_it_has():
     assert parse_listing(PRINTED)[2].free_bytes == 8192 * MIB
+
+
+@pytest.mark.parametrize(
+    "line",
+    [f"CUDA{'9' * 5000}: X (1 MiB, 1 MiB free)", f"CUDA0: X ({'9' * 5000} MiB, 1 MiB free)", "CUDA0: X (1 MiB, \u0663 MiB free)"],
+)
+def test_numbers_that_no_device_has_make_no_device(line):
+    assert parse_listing(f"Available devices:\n  {line}\n") == ()
 
 
 def test_an_empty_list_has_no_devices():
