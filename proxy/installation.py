@@ -123,8 +123,7 @@ def install(library: Path, *, url: str, token: str | None, user: str | None = No
                 if found.state == "replaced":
                     stock.replace(before)
                 _second_name(file, stock)
-            new.write_bytes(shipped_launcher().read_bytes())
-            new.chmod(0o755)
+            _write(new, shipped_launcher().read_bytes(), mode=0o755)
             _try(new, stock)
             _write_config(library / CONFIG, url, token, owner)
             _make_cache(library / CACHE, owner)
@@ -211,6 +210,8 @@ def _second_name(file: Path, stock: Path) -> None:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
             raise
         shutil.copy2(file, spare, follow_symlinks=False)
+        with spare.open("rb") as copy:
+            os.fsync(copy.fileno())
     spare.replace(stock)
 
 
@@ -256,13 +257,22 @@ def _said(end: subprocess.CompletedProcess[bytes]) -> str:
 
 def _write_config(path: Path, url: str, token: str | None, owner: tuple[int, int] | None) -> None:
     new = path.with_name(f"{CONFIG}.new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(f"LOPSIDED_URL={url}\n" + (f"LOPSIDED_TOKEN={token}\n" if token else ""))
-        if owner:
-            os.fchown(file.fileno(), *owner)
+    content = f"LOPSIDED_URL={url}\n" + (f"LOPSIDED_TOKEN={token}\n" if token else "")
+    _write(new, content.encode(), mode=0o600, owner=owner)
     new.replace(path)
+
+
+def _write(path: Path, content: bytes, *, mode: int, owner: tuple[int, int] | None = None) -> None:
+    """Makes a file that nobody sees before it is the ``owner``'s, and that is on the disk before it is renamed."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        if owner:
+            os.fchown(descriptor, *owner)
+        os.fchmod(descriptor, mode)
+        file.flush()
+        os.fsync(descriptor)
 
 
 def _make_cache(path: Path, owner: tuple[int, int] | None) -> None:

@@ -88,6 +88,18 @@ def test_root_gives_them_to_ollamas_user(library):
         install(library, url=URL, token=None, user="nosuchuser")
 
 
+def test_what_is_renamed_is_on_the_disk_before(library, monkeypatch):
+    # or a power cut could leave an empty llama-server
+    events = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda one, other: (events.append(f"{one} renamed"), rename(one, other)))
+    install(library, url=URL, token=None)
+    for name in (CONFIG, NAME):
+        new = str(library / f"{name}.new")
+        assert new in events[: events.index(f"{new} renamed")]
+
+
 def test_removed_the_folder_is_as_it_was(library):
     before = (library / NAME).stat()
     install(library, url=URL, token=None)
