@@ -32,6 +32,9 @@ WAIT_S = 10.0
 CHECK_S = 5.0
 """Seconds for which a base counts as unchanged; a change that went through the proxy ends them at once."""
 
+TIDY_S = 60.0
+"""Seconds between two looks at whether a base is still there: deleted past the proxy, its blobs are held by what is derived."""
+
 REFUSED_S = 3600.0
 """Seconds for which a base that got no derived model is left alone: Ollama's reasons (a read-only store, too old) last."""
 
@@ -69,6 +72,8 @@ class Derived:
         self._digests: OrderedDict[str, str] = OrderedDict()  # the bases' digests of all that ever were
         self._strangers: set[str] = set()  # named like derived models, and not ours
         self._unswept = False
+        self.hides = False
+        """Whether there may be anything that Ollama's lists must not show, be it another lopsided's."""
         self._tasks: dict[str, asyncio.Task[Any]] = {}
 
     # What requests ask
@@ -114,7 +119,7 @@ class Derived:
 
     def start(self) -> None:
         """Removes, in the background, what an earlier run left; where Ollama is not there yet, before the first is made."""
-        self._unswept = True
+        self._unswept = self.hides = True
         self._start("sweep", self._sweep)
 
     def store_changed(self) -> None:
@@ -140,11 +145,6 @@ class Derived:
 
     # What lists show
 
-    @property
-    def hides(self) -> bool:
-        """Whether there is, or was, anything that Ollama's lists must not show."""
-        return self._unswept or bool(self._digests)
-
     def is_hidden(self, name: str) -> bool:
         """Whether ``name`` is a derived model of ours."""
         return base_of(name) is not None and name.lower() not in self._strangers
@@ -159,7 +159,11 @@ class Derived:
         """The name of the derived model for ``use``, which has been checked or made now."""
         if self._unswept:
             await asyncio.shield(self._start("sweep", self._sweep))
-        base, digest = await self._catalog.listed(model)
+        try:
+            base, digest = await self._catalog.listed(model)
+        except ModelError as error:  # no reason to refuse it one once it is back
+            self._start("tidy", self._tidy)
+            raise UpstreamError(str(error)) from error
         name = derived_name(base, blob, options)
         made = self._made.get(name.lower())
         if made is None or (made.digest, made.options) != (digest, options):
@@ -178,13 +182,20 @@ class Derived:
             made.digest = digest
             log.info("%s with %s is %s on /v1", model, dict(options), name)
             self._start("tidy", self._tidy)
+            self._start("keep tidy", self._keep_tidy)
         made.checked_at = self._clock()
         self._by_use[use] = made
         return name
 
     async def _difference(self, base: str, name: str, options: Options) -> str | None:
-        """In what beside ``options`` the two models differ; old Ollamas lose parts of the base."""
-        one, other = await asyncio.gather(self._ollama.show(base), self._ollama.show(name))
+        """In what beside ``options`` the two models differ; old Ollamas lose parts of the base.
+
+        Raises ``UpstreamError`` where one is gone: another lopsided that starts removes what it finds.
+        """
+        try:
+            one, other = await asyncio.gather(self._ollama.show(base), self._ollama.show(name))
+        except ModelError as error:
+            raise UpstreamError(str(error)) from error
         return difference(one, other, options)
 
     async def _tidy(self) -> None:
@@ -199,6 +210,11 @@ class Derived:
                 digest = ""
             if digest != made.digest or latest.get(made.base) is not made:
                 await self._delete(made)
+
+    async def _keep_tidy(self) -> None:
+        while self._made:
+            await asyncio.sleep(TIDY_S)
+            await asyncio.wait({self._start("tidy", self._tidy)})
 
     async def _sweep(self) -> None:
         """Removes what an earlier run has made; names of the same form that are not lopsided's stay, and are said."""

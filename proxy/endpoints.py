@@ -48,7 +48,7 @@ def kind_of(method: str, path: str) -> Kind:
         return "v1"
     if path in STORE_PATHS:
         return "store"
-    if method == "GET" and path in LIST_PATHS:
+    if (method == "GET" and path in LIST_PATHS) or (method == "HEAD" and path == "/api/tags"):
         return "list"
     return "other"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.installation import install
+from proxy.installation import CACHE, install
 from tests.engine.conftest import FAST, PARALLEL, SLOW, Chain, Worker, chain, end
 from tests.engine.ollama import Server
 from tests.servers import free_port
@@ -131,12 +131,15 @@ def test_a_proxy_that_dies_while_a_launch_waits_leaves_stock(machine: Machine) -
         assert server.said
 
 
-def test_the_last_good_answer_serves_while_the_proxy_is_away(machine: Machine) -> None:
-    """The same model, arguments and devices: the launcher has kept what it was told."""
+def test_the_last_good_answer_serves_while_the_proxy_is_away(machine: Machine, library: Path) -> None:
+    """The same model, arguments and devices, more than two minutes later: the launcher has kept what it was told."""
     with machine(f"{SLOW}:23000MiB", f"{FAST}:9000MiB") as it:
         it.generate(to=it.ollama_url, num_ctx=8192)
         it.unload()
         end(it.proxy)
+        (record,) = (library / CACHE).iterdir()
+        given, rest = record.read_text().split("\t", 1)
+        record.write_text(f"{int(given) - 121}\t{rest}")
         assert it.generate(to=it.ollama_url, num_ctx=8192).status_code == 200
         assert layers(it.servers[-1]) == {"RPC1": 30}
 

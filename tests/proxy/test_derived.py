@@ -245,6 +245,80 @@ def test_a_base_that_is_deleted_takes_it_along(stage):
         assert stage.post("/v1/completions").json()["error"]["message"] == "model 'phi4:14b' not found"
 
 
+def test_a_base_that_is_deleted_past_the_proxy_takes_it_along_too(stage, monkeypatch):
+    monkeypatch.setattr(module, "TIDY_S", 0.1)
+    monkeypatch.setattr("proxy.catalog.DIGESTS_GOOD_S", 0.0)
+    with stage.proxy():
+        stage.post("/v1/completions")
+        stage.delete(CHAT, to=stage.ollama)
+        stage.wait(lambda: not stage.derived())
+
+
+def test_a_base_that_was_gone_for_a_while_has_its_placement_again_at_once(stage, monkeypatch):
+    # shows: a request that comes meanwhile is no reason to leave the model alone for an hour
+    monkeypatch.setattr(module, "CHECK_S", 0.0)
+    monkeypatch.setattr("proxy.catalog.DIGESTS_GOOD_S", 0.0)
+    with stage.proxy():
+        stage.create("mine:latest", CHAT, to=stage.ollama)
+        assert stage.post("/v1/completions", model="mine").headers[HEADER] == "solo CUDA1; auto"
+        stage.delete("mine:latest", to=stage.ollama)
+        gone = stage.post("/v1/completions", model="mine")
+        assert (gone.status_code, gone.json()["error"]["message"]) == (404, "model 'mine' not found")
+        stage.wait(lambda: not stage.derived())
+        stage.create("mine:latest", CHAT, to=stage.ollama)
+        assert stage.post("/v1/completions", model="mine").headers[HEADER] == "solo CUDA1; auto"
+        assert stage.count("reload") == 0
+
+
+def test_two_in_front_of_one_ollama_lose_nothing(stage, monkeypatch):
+    # shows: the other one removes what is in use when it starts and ends; it is made again, and no request notices
+    monkeypatch.setattr(module, "CHECK_S", 0.0)
+    with stage.proxy() as first:
+        kept = first.url
+        for _ in range(3):
+            assert stage.post("/v1/completions", to=kept).headers[HEADER] == "solo CUDA1; auto"
+            with stage.proxy():
+                for url in (kept, stage.url, kept):
+                    answer = stage.post("/v1/completions", to=url)
+                    assert (answer.status_code, answer.headers[HEADER]) == (200, "solo CUDA1; auto")
+            assert stage.post("/v1/completions", to=kept).headers[HEADER] == "solo CUDA1; auto"
+        assert (stage.count("load"), stage.count("reload")) == (1, 0)
+
+
+def test_one_that_another_removes_before_it_was_looked_at_is_made_the_next_time(stage, monkeypatch):
+    show, lost = ROUTES["/api/show"]["POST"], []
+
+    async def gone(exchange):
+        name = exchange.json_body()["model"]
+        if base_of(name) and not lost:
+            lost.append(name)
+            return error(404, f"model '{name}' not found")
+        return await show(exchange)
+
+    monkeypatch.setitem(ROUTES["/api/show"], "POST", gone)
+    with stage.proxy():
+        assert "does not show" in stage.post("/v1/completions").headers[HEADER]
+        assert stage.post("/v1/completions").headers[HEADER] == "solo CUDA1; auto"
+
+
+def test_one_that_another_lopsided_has_made_is_hidden_too(stage):
+    with stage.proxy() as first:
+        kept = first.url
+        stage.wait(lambda: any(request.path == "/api/tags" for request in stage.simulator.requests))  # it has looked
+        with stage.proxy():
+            stage.post("/v1/completions")
+            assert len(stage.derived()) == 1
+            assert "lopsided.invalid" not in stage.get("/api/tags", to=kept).text
+
+
+def test_the_length_of_a_list_is_that_of_what_is_shown(stage):
+    with stage.proxy():
+        stage.post("/v1/completions")
+        head, got = (stage.client.request(method, stage.url + "/api/tags") for method in ("HEAD", "GET"))
+        assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", got.headers["content-length"])
+        assert stage.client.head(stage.url + "/api/ps").status_code == stage.client.head(stage.ollama + "/api/ps").status_code
+
+
 def test_another_placement_takes_another_and_the_old_one_goes(stage, monkeypatch):
     monkeypatch.setattr("proxy.placement.LOOK_S", 0.0)
     used_bytes = [23 * GIB]  # less than --fit's margin is left: num_gpu goes out too

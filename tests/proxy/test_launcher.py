@@ -92,7 +92,7 @@ def test_what_is_renamed_is_on_the_disk_before(library, monkeypatch):
     # or a power cut could leave an empty llama-server
     events = []
     sync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (events.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(str(Path(f"/proc/self/fd/{file}").readlink())), sync(file)))
     monkeypatch.setattr(os, "replace", lambda one, other: (events.append(f"{one} renamed"), rename(one, other)))
     install(library, url=URL, token=None)
     for name in (CONFIG, NAME):
