@@ -9,11 +9,11 @@ client sent; here only what it would not see.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import re
 import socket
 from collections.abc import Iterable
 
+from proxy.address import parse_ip
 from proxy.asgi import Headers, Scope
 from proxy.replies import Reply, error_reply
 from proxy.settings import Settings
@@ -43,21 +43,17 @@ def is_local_host(host_header: str) -> bool:
     if match is None:
         return False
     host = (match[1] or match[2] or "").lower()
-    try:
-        ip = ipaddress.ip_address(host)
-    except ValueError:
+    ip = parse_ip(host)
+    if ip is None:
         return host in ("", "localhost", socket.gethostname().lower()) or host.endswith(LOCAL_SUFFIXES)
     return ip.is_loopback or ip.is_private or ip.is_unspecified
 
 
 def is_loopback(address: str) -> bool:
     """Whether a client's ``address`` is this machine's own; no name and no header can claim that."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = getattr(ip, "ipv4_mapped", None)
-    return bool((mapped or ip).is_loopback)
+    ip = parse_ip(address)
+    mapped = getattr(ip, "ipv4_mapped", None) or ip
+    return mapped is not None and mapped.is_loopback
 
 
 def is_local_origin(origin: str, also: Iterable[str] = ()) -> bool:

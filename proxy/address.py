@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 
 UPSTREAM_PORT = 11434
 """Ollama's own port (``envconfig/config.go``)."""
@@ -35,7 +36,7 @@ class Address:
         """The same, with an address that only a listener can have (``0.0.0.0``, ``::``, none) replaced by loopback."""
         if self.host in ("", "0.0.0.0"):
             host = "127.0.0.1"
-        elif (ip := _ip(self.host)) and ip.is_unspecified:
+        elif (ip := parse_ip(self.host)) and ip.is_unspecified:
             host = "::1"
         else:
             return self
@@ -43,7 +44,7 @@ class Address:
 
     def is_loopback(self) -> bool:
         """Only this machine reaches it."""
-        ip = _ip(self.host)
+        ip = parse_ip(self.host)
         return ip.is_loopback if ip else self.host.lower() == "localhost"
 
 
@@ -84,12 +85,14 @@ def _split(hostport: str, default_port: int) -> tuple[str, str]:
     elif hostport.count(":") == 1:
         host, _, port = hostport.partition(":")
         return host, port
-    if ip := _ip(hostport.strip("[]")):
+    if ip := parse_ip(hostport.strip("[]")):
         return str(ip), str(default_port)
     return hostport or "127.0.0.1", str(default_port)
 
 
-def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+@lru_cache(maxsize=256)
+def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that ``text`` is, ``None`` where it is a name. Every request asks, about the same few."""
     try:
         return ipaddress.ip_address(text)
     except ValueError:

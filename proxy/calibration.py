@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -33,6 +33,12 @@ from proxy.verify import misplaced
 
 SAVE_S = 5.0
 """Seconds that the state file may lag behind."""
+
+LEARN_PAUSE_S = 0.05
+"""Seconds between two answers that are taken in: beyond 20 a second, each says next to nothing, and the proxy has other work."""
+
+HEARD_KEPT = 64
+"""Answers that wait to be taken in; the oldest give way."""
 
 PROMPT_START_BYTES = 128
 """Of a prompt, by which it is known again: shorter beginnings in common are too short to matter."""
@@ -121,6 +127,8 @@ class Calibrator:
         self._prompts: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         self._verified: OrderedDict[str, tuple[Plan, str | None]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._heard: deque[tuple[Watch, Running, Counters]] = deque(maxlen=HEARD_KEPT)
+        self._learning = False
         self._saving = False
 
     def begin(self, decision: Decision | None = None, request: LoadRequest | None = None) -> Watch:
@@ -144,7 +152,10 @@ class Calibrator:
         if self._off or not watch.alone or watch.placed is None or (counters := watch.tail.counters()) is None:
             return
         if (model := self._placements.running(watch.placed)) is not None:  # the launcher has been asked by now
-            self._start(self._keep(watch, model, counters), "measure")
+            self._heard.append((watch, model, counters))
+            if not self._learning:
+                self._learning = True
+                self._start(self._learn(), "learn")
 
     def speeds(self, placed: InForce) -> dict[str, Any]:
         """Tokens per second of answers, as predicted and as measured, for ``GET /lopsided/models``. May read the state file."""
@@ -182,6 +193,15 @@ class Calibrator:
         while len(self._prompts) > PROMPTS_KEPT:
             self._prompts.popitem(last=False)
         return not known
+
+    async def _learn(self) -> None:
+        """Takes in what was heard, with pauses: many short answers in a row teach little more than a few."""
+        try:
+            while self._heard:
+                await self._keep(*self._heard.popleft())
+                await asyncio.sleep(LEARN_PAUSE_S)
+        finally:
+            self._learning = False
 
     async def _keep(self, watch: Watch, model: Running, counters: Counters) -> None:
         heard = Heard(counters=counters, fresh_prompt=watch.fresh_prompt)
@@ -278,4 +298,4 @@ def prompt_start(request: LoadRequest) -> bytes | None:
     """The first bytes of what is before all else in the prompt, ``None`` where there is no prompt."""
     fields = {field.key.casefold(): field for field in request.fields}
     first = next((fields[name] for name in ("system", "messages", "prompt") if name in fields), None)
-    return request.body[first.value_start : first.end][:PROMPT_START_BYTES] if first else None
+    return request.body[first.value_start : min(first.end, first.value_start + PROMPT_START_BYTES)] if first else None

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -225,6 +226,7 @@ class Catalog:
         return result
 
 
+@lru_cache(maxsize=1024)
 def full_name(name: str) -> str:
     """``name`` as ``host/namespace/model:tag`` in lower case, with Ollama's defaults filled in (``types/model/name.go``)."""
     return qualified(name.strip().lower().removesuffix(":local"))

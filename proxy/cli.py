@@ -118,7 +118,7 @@ def serve(host: str | None, upstream: str | None) -> None:
     import uvicorn  # here and in demo: the server takes a second to import, which the other commands need not wait for
 
     from proxy.app import create_app
-    from proxy.serve import uvicorn_options
+    from proxy.serve import settle_process, uvicorn_options
 
     settings = load_settings(**_given(host=host, upstream=upstream))
     source = gpu_source(settings)
@@ -140,6 +140,7 @@ def serve(host: str | None, upstream: str | None) -> None:
     server = uvicorn.Server(
         uvicorn.Config(create_app(settings, source=source), **uvicorn_options(settings.drain_s), log_level="warning")
     )
+    settle_process()
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:

@@ -185,7 +185,7 @@ class Forwarder:
             extensions["repeatable"] = True
         upstream_request = httpx.Request(request.method, self._url, headers=headers, stream=stream, extensions=extensions)
         try:
-            return await self.client.send(upstream_request, stream=True)
+            return await self.transport.handle_async_request(upstream_request)  # the client's cookies and redirects are its own
         except httpx.ConnectTimeout as error:
             return self._unreachable(f"did not accept a connection: {error}")
         except httpx.ConnectError as error:

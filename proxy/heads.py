@@ -58,4 +58,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         self._went_on = True
-        super().on_body(body)
+        if self.cycle.body:
+            super().on_body(body)
+        else:  # uvicorn collects in a bytearray, which copies each part of a large body twice
+            self.cycle.body = body  # type: ignore[assignment]
+            super().on_body(b"")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import TypeVar
 
 from planner.plan import Plan
@@ -36,7 +35,7 @@ MOST_CAREFUL = 2
 
 def blob_name(path: str) -> str:
     """A blob's name whether a launch, ``/api/show`` or a digest gives it: ``sha256-…``."""
-    return PurePosixPath(path).name.replace(":", "-")
+    return path.rpartition("/")[2].replace(":", "-")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -306,7 +306,7 @@ class Placements:
         slot = self._slots.get(facts.blob or facts.digest) if facts else None
         if facts is None or slot is None or slot.current is None:
             return None
-        if full_name(request.model) in self._v1_names or (certain and self._v1_names):
+        if self._v1_names and (certain or full_name(request.model) in self._v1_names):
             return None
         num_ctx, rule = asked_context(request.options, facts, self._settings), self._plans.rule(request.model)
         if slot.current.num_ctx != num_ctx or (certain and not self._holds(slot, num_ctx, rule)):

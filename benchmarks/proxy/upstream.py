@@ -26,6 +26,7 @@ import uvloop
 
 ASKED = re.compile(rb"bench (\d+) (\d+) (\d+)")
 HEAD_BYTES = 4096
+READ_BYTES = 2**18
 
 NDJSON = (
     '{"model":"qwen2.5:32b","created_at":"2026-01-02T03:04:05.678901234Z",'
@@ -79,10 +80,11 @@ class State:
     def __init__(self, facts: dict[str, object]) -> None:
         self.answers = {path.encode(): whole(json.dumps(value)) for path, value in facts.items()}
         self.last = b""
+        self.buffer = memoryview(bytearray(READ_BYTES))
         self.received = 0
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     def __init__(self, state: State) -> None:
         self.state = state
         self.loop = asyncio.get_running_loop()
@@ -94,9 +96,12 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, _: int) -> memoryview:
+        return self.state.buffer
+
+    def buffer_updated(self, count: int) -> None:
         try:
-            self.parser.feed_data(data)
+            self.parser.feed_data(self.state.buffer[:count])
         except httptools.HttpParserError:
             self.transport.abort()
 
