@@ -4,8 +4,10 @@
 
 ``--models`` is a folder with the GGUF files that ``cases.toml`` names; those of ``benchmarks.gpu.models`` are made there.
 ``--hold`` keeps so many SMs of the second GPU busy in each llama-server, and each case's ``free_mib`` is brought about by
-filling the rest: both take nvcc. ``--as-is`` leaves the GPUs as they are. What stands in ``--out`` is not run again; the rows are
-read by ``python -m benchmarks.gpu.report``. Ollama is started on ports of its own, with a store of its own; yours is not touched.
+filling the rest: both take nvcc. ``--as-is`` leaves the GPUs as they are. ``--cards 0.42`` needs one GPU alone: it makes two
+cards of it (``cards.cpp``), the second with that part of its speed, each with the case's memory. What stands in ``--out`` is not
+run again; the rows are read by ``python -m benchmarks.gpu.report``. Ollama is started on ports of its own, with a store of its
+own; yours is not touched.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from benchmarks.gpu.measure import asked, run_server, used_mib
 from benchmarks.gpu.models import SAMPLING, SHAPES, write
 from benchmarks.gpu.ollama import clean_environment, get, lopsided, make_store, make_tree, post, process, unload
 from benchmarks.gpu.serverlog import last_load
+from planner.hardware import Gpu
 from planner.units import MIB
 from proxy.errors import GpuError
 from proxy.gpus.nvml import NvmlSource
@@ -39,6 +42,8 @@ WAYS = ("stock", "auto", "boost 1.0", "boost 1.75")
 RUNS = 3
 PROMPT_WORDS = 1850
 ANSWER_TOKENS = 96
+UNFILLED_MIB = (66000, 66000)
+"""Of two cards that one GPU stands for, in cases that do not say it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +61,24 @@ class Bench:
     def server_environment(self) -> dict[str, str]:
         """What each llama-server needs, to hold the second GPU back."""
         environment = clean_environment() | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        if self.args.hold:
+        if self.args.cards:
+            environment |= {"LD_PRELOAD": str(self.work / "cards.so"), "CARDS": str(self.work / "cards.txt")}
+        elif self.args.hold:
             environment |= {"LD_PRELOAD": str(self.work / "hold.so"), "HOLD": f"{pci_ids()[1]}={self.args.hold}"}
         return environment
+
+    @property
+    def pci(self) -> tuple[str, ...]:
+        """The GPUs' PCI ids, as llama-server prints them."""
+        return pci_ids(cards=bool(self.args.cards))
 
     def add(self, case: str, way: str, row: dict[str, Any]) -> None:
         """Appends a row and says it in a line."""
         row = {"case": case, "way": way, "model": self.cases[case]["model"], "num_ctx": self.cases[case]["num_ctx"]} | row
         row["held_sms"] = self.args.hold
+        if self.args.cards:  # what NVML says is of both together
+            row["cards"] = self.args.cards
+            row = {key: value for key, value in row.items() if not key.startswith(("used_mib", "free_mib"))}
         with self.args.out.open("a") as rows:
             rows.write(json.dumps(row) + "\n")
         self.done.add((case, way))
@@ -80,6 +95,12 @@ class Bench:
 @contextmanager
 def filled(bench: Bench, case: dict[str, Any]) -> Iterator[None]:
     """GPUs with as much memory free as the case says."""
+    if bench.args.cards:
+        free = case.get("free_mib", UNFILLED_MIB)
+        (bench.work / "cards.txt").write_text(f"{free[0]} 1\n{free[1]} {bench.args.cards}\n")
+        cards_profile(bench.work / "profile.toml", free, bench.args.cards)
+        yield
+        return
     if bench.args.as_is or "free_mib" not in case or not used_mib():
         yield
         return
@@ -132,7 +153,7 @@ def ask(url: str, model: str, num_ctx: int, prompt: str, tokens: int) -> dict[st
     )
 
 
-def through_ollama(url: str, case: dict[str, Any], log: Path) -> dict[str, Any]:
+def through_ollama(url: str, case: dict[str, Any], log: Path, pci: Sequence[str]) -> dict[str, Any]:
     """Loads the case's model through ``url`` and measures it; ``log`` is that Ollama's."""
     model, num_ctx = case["model"], case["num_ctx"]
     row: dict[str, Any] = {}
@@ -163,7 +184,7 @@ def through_ollama(url: str, case: dict[str, Any], log: Path) -> dict[str, Any]:
     with log.open("rb") as file:
         file.seek(begin)
         text = file.read().decode(errors="replace")
-    loaded = last_load(text, pci_ids())
+    loaded = last_load(text, pci)
     row |= {"order": loaded.order, "buffers_mib": loaded.buffers_mib, "fit_s": loaded.fit_s}
     row["commands"] = [line for line in text.splitlines() if "starting llama-server" in line][-3:]
     row["out_of_memory"] = text.count("out of memory")
@@ -176,9 +197,10 @@ def free_mib() -> list[float]:
 
 
 @cache
-def pci_ids() -> tuple[str, ...]:
-    """As CUDA writes them: a domain of four digits."""
-    return tuple(line.strip().lower()[-12:] for line in asked("pci.bus_id"))
+def pci_ids(*, cards: bool = False) -> tuple[str, ...]:
+    """As CUDA writes them: a domain of four digits. Two ``cards`` that one GPU stands for are told apart by what follows."""
+    ids = tuple(line.strip().lower()[-12:] for line in asked("pci.bus_id"))
+    return tuple(f"{ids[0]}-v{card}" for card in (0, 1)) if cards and ids else ids
 
 
 def held_share(out: Path) -> float:
@@ -197,12 +219,28 @@ def held_profile(path: Path, share: float) -> None:
         gpus = NvmlSource().rig().gpus
     except GpuError:
         gpus = StaticSource.from_arguments(["RTX 5090:8GiB", "RTX 5090:8GiB"]).rig().gpus
+    write_profile(path, gpus, share)
+
+
+def cards_profile(path: Path, free_mib: Sequence[int], share: float) -> None:
+    """The two cards that one GPU stands for, as ``cards.cpp`` makes them."""
+    gpu = NvmlSource().rig().gpus[0]
+    cards = (
+        replace(gpu, uuid=f"{gpu.uuid}-{index}", total_bytes=(mib + 1024) * MIB, free_bytes=mib * MIB)
+        for index, mib in enumerate(free_mib)
+    )
+    write_profile(path, tuple(cards), share)
+
+
+def write_profile(path: Path, gpus: Sequence[Gpu], share: float) -> None:
+    """A profile of ``gpus``, all but the first with ``share`` of their power."""
     lines = []
     for index, gpu in enumerate(gpus):
         part = share if index else 1.0
         lines += [
             "[[gpu]]",
             f'name = "{gpu.name}"',
+            f'uuid = "{gpu.uuid}"',
             f'total = "{gpu.total_bytes // MIB}MiB"',
             f'free = "{gpu.free_bytes // MIB}MiB"',
         ]
@@ -221,7 +259,7 @@ def behind(bench: Bench, name: str, way: str) -> None:
     environment = lopsided_environment(bench)
     if way != "auto":
         environment |= {"OLLAMA_SCHED_COMPUTE_BOOST": way.removeprefix("boost "), "LOPSIDED_STATE": "off"}
-    if bench.args.hold and (way != "auto" or not bench.args.calibrate):
+    if not bench.args.cards and bench.args.hold and (way != "auto" or not bench.args.calibrate):
         held_profile(profile := bench.work / "profile.toml", held_share(bench.args.out))
         environment["LOPSIDED_PROFILE"] = str(profile)
     log = bench.work / "lopsided.log"
@@ -235,7 +273,7 @@ def behind(bench: Bench, name: str, way: str) -> None:
                 plan = get(f"{PROXY}/lopsided/plan?model={case['model']}&num_ctx={case['num_ctx']}")
                 times.append(time.monotonic() - started)
             row = {"plan_s": times, "plan": plan["plan"], "stock_plan": plan["stock"]}
-        row |= through_ollama(PROXY, case, bench.work / "behind.log")
+        row |= through_ollama(PROXY, case, bench.work / "behind.log", bench.pci)
         row["models"] = get(f"{PROXY}/lopsided/models")
         unload(BEHIND)
         row["said"] = log.read_text(errors="replace")[begin:][-4000:]
@@ -249,6 +287,7 @@ def lopsided_environment(bench: Bench) -> dict[str, str]:
         "LOPSIDED_UPSTREAM": BEHIND,
         "LOPSIDED_STATE": str(bench.work / "state"),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        **({"LOPSIDED_PROFILE": str(bench.work / "profile.toml")} if bench.args.cards else {}),
     }
 
 
@@ -266,6 +305,12 @@ def calibrate(bench: Bench) -> None:
             bench.args.calibrate = []
             return
         done.write_bytes(result.stdout)
+
+
+def build_cards(work: Path) -> None:
+    """``cards.so``, by any C++ compiler."""
+    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-o", str(work / "cards.so"), str(HERE / "cards.cpp"), "-ldl"]
+    subprocess.run(command, check=True)
 
 
 def build_tools(work: Path) -> None:
@@ -328,7 +373,8 @@ def run(bench: Bench) -> None:
             command = [str(bench.work / tree / "bin" / "ollama"), "serve"]
             log = bench.work / f"{tree}.log"
             running.enter_context(process(command, log=log, url=f"{url}/api/version", environment=environment))
-        calibrate(bench)
+        with filled(bench, {}):
+            calibrate(bench)
         for name, case in bench.cases.items():
             todo = [way for way in case.get("ways", WAYS) if bench.open(name, way)]
             splits = [split for split in case["sweep"] if bench.open(name, f"sweep {split}")]
@@ -338,7 +384,7 @@ def run(bench: Bench) -> None:
                 for way in todo:
                     try:
                         if way == "stock":
-                            row = through_ollama(STOCK, case, bench.work / "stock.log")
+                            row = through_ollama(STOCK, case, bench.work / "stock.log", bench.pci)
                             unload(STOCK)
                             bench.add(name, way, row)
                         else:
@@ -360,6 +406,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="these cases")
     parser.add_argument("--ways", nargs="*", default=[], help=f"these of {', '.join(WAYS)}, sweep")
     parser.add_argument("--hold", default="0", metavar="SMS", help="SMs of the second GPU to keep busy, or auto")
+    parser.add_argument("--cards", type=float, default=0.0, metavar="SHARE", help="two cards of one GPU, the second so fast")
     parser.add_argument("--as-is", action="store_true", help="leave the GPUs' memory as it is")
     parser.add_argument("--calibrate", nargs="*", default=[], metavar="MODEL", help="measure the cards with these models first")
     parser.add_argument("--device", default="CUDA", help="what llama-server calls the GPUs, without the number")
@@ -378,7 +425,9 @@ def main() -> int:
     subprocess.run(
         lopsided(["launcher", "install", "--lib", str(library), "--url", PROXY]), check=True, stdout=subprocess.DEVNULL
     )
-    if (args.hold != "0" or not args.as_is) and used_mib():
+    if args.cards:
+        build_cards(work)
+    elif (args.hold != "0" or not args.as_is) and used_mib():
         build_tools(work)
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     bench = Bench(
