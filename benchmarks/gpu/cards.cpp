@@ -112,6 +112,11 @@ void seen(void *stream) {
   computing = nullptr;
 }
 
+struct Properties {  // how ggml_backend_dev_props begins
+  const char *name, *description;
+  size_t free_bytes, total_bytes;
+};
+
 struct Extent {  // dim3
   unsigned x, y, z;
 };
@@ -157,6 +162,12 @@ void ggml_backend_dev_memory(void *device, size_t *free_bytes, size_t *total_byt
   const int64_t left = limit(index) - used(index);
   *total_bytes = static_cast<size_t>(limit(index)) + (1 << 30);  // what the driver and the contexts take of a card
   *free_bytes = left > 0 ? static_cast<size_t>(left) : 0;
+}
+
+void ggml_backend_dev_get_props(void *device, Properties *properties) {
+  REAL(ggml_backend_dev_get_props);
+  next(device, properties);
+  ggml_backend_dev_memory(device, &properties->free_bytes, &properties->total_bytes);
 }
 
 void *ggml_backend_buft_alloc_buffer(void *type, size_t size) {
