@@ -87,9 +87,8 @@ class Bench:
 
     def open(self, case: str, way: str) -> bool:
         """Whether this is still to be run, and wanted."""
-        wanted = not self.args.only or case in self.args.only
         kind = "sweep" if way.startswith("sweep") else way
-        return wanted and (case, way) not in self.done and (not self.args.ways or kind in self.args.ways)
+        return (case, way) not in self.done and (not self.args.ways or kind in self.args.ways)
 
 
 @contextmanager
@@ -413,8 +412,10 @@ def main() -> int:
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    cases = tomllib.loads(args.cases.read_text())
-    models = {name for case in cases.values() for name in (case["model"], case.get("first")) if name}
+    cases = {
+        name: case for name, case in tomllib.loads(args.cases.read_text()).items() if not args.only or name in args.only
+    }
+    models = {name for case in cases.values() for name in (case["model"], case.get("first")) if name} | {*args.calibrate}
     for name in sorted(models & SHAPES.keys()):
         if not (file := args.models / f"{name}.gguf").exists():
             print(f"writing {file}", flush=True)
