@@ -412,9 +412,7 @@ def main() -> int:
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    cases = {
-        name: case for name, case in tomllib.loads(args.cases.read_text()).items() if not args.only or name in args.only
-    }
+    cases = {name: case for name, case in tomllib.loads(args.cases.read_text()).items() if not args.only or name in args.only}
     models = {name for case in cases.values() for name in (case["model"], case.get("first")) if name} | {*args.calibrate}
     for name in sorted(models & SHAPES.keys()):
         if not (file := args.models / f"{name}.gguf").exists():

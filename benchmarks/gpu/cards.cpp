@@ -189,10 +189,16 @@ void ggml_backend_buffer_free(void *buffer) {
   next(buffer);
 }
 
-int cudaDeviceGetPCIBusId(char *text, int length, int device) {
+int cudaDeviceGetPCIBusId(char *text, int length, int device) {  // asked once for each device
   REAL(cudaDeviceGetPCIBusId);
   const int error = next(text, length, device);
   if (!error && visible_count == 1) snprintf(text + strlen(text), length - strlen(text), "-v%d", visible[0]);  // as ggml does for two
+  static int said = 0;
+  static const auto ask = reinterpret_cast<int (*)(int *, int, int)>(dlsym(RTLD_DEFAULT, "cudaDeviceGetAttribute"));
+  int major = 0, minor = 0;
+  if (said < visible_count && !ask(&major, 75, device) && !ask(&minor, 76, device))  // cudaDevAttrComputeCapabilityMajor, -Minor
+    fprintf(stderr, "  Device %d: card %d, compute capability %d.%d\n", said, visible[said], major, minor);  // Ollama looks for it
+  said++;
   return error;
 }
 

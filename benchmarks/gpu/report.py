@@ -69,7 +69,14 @@ def settings_of(row: dict[str, Any]) -> LoadSettings:
     """The settings of the load."""
     given = arguments(row)
     batch = int(given["-b"])
-    return LoadSettings(num_ctx=int(given["-c"]), parallel=1, batch=batch, ubatch=min(int(given["-ub"]), batch), outputs=1)
+    return LoadSettings(
+        num_ctx=int(given["-c"]),
+        parallel=1,
+        batch=batch,
+        ubatch=min(int(given["-ub"]), batch),
+        flash_attention=given.get("--flash-attn") != "off",
+        outputs=1,
+    )
 
 
 def understood(row: dict[str, Any]) -> Load:
@@ -84,9 +91,8 @@ def understood(row: dict[str, Any]) -> Load:
             buffers = row["buffers_mib"][device]
             printed = sum(buffers.get(kind, 0.0) for kind in ("model", "KV", "compute"))
             parts.append((printed, (predicted.total_bytes - predicted.runtime_bytes) / MIB))
-            used.append(
-                (row["used_mib_after_runs"][index] if row.get("used_mib_after_runs") else printed, predicted.total_bytes / MIB)
-            )
+            if row.get("used_mib_after_runs"):
+                used.append((row["used_mib_after_runs"][index], predicted.total_bytes / MIB))
     return Load(row=row, placement=placement, settings=settings, parts=tuple(parts), used=tuple(used))
 
 
@@ -109,8 +115,8 @@ def calibrations(loads: Iterable[Load]) -> dict[str, Calibration]:
 
 
 def predicted_decode(load: Load, calibration: Calibration | None) -> float | None:
-    """Tokens/s; ``None`` where a part on the CPU or an uncalibrated GPU makes it another question."""
-    if calibration is None or load.placement.kind not in ("solo", "split"):
+    """Tokens/s; ``None`` where a part on the CPU, unfused attention or an uncalibrated GPU makes it another question."""
+    if calibration is None or not load.settings.flash_attention or load.placement.kind not in ("solo", "split"):
         return None
     settings = LoadSettings(num_ctx=TOKENS, batch=load.settings.batch, ubatch=load.settings.ubatch)
     return predict_speed(known(load.row["model"]), RIG, settings, load.placement, calibration).decode_tokens_per_s
@@ -120,20 +126,21 @@ def table(title: str, loads: list[Load], failed: list[dict[str, Any]], learned: 
     """One case in Markdown."""
     stock = next((load.row["decode"] for load in loads if load.row["way"] == "stock"), None)
     yield f"\n### {title}\n"
-    yield "| way | layers fast + slow | decode tok/s | × stock | predicted | prefill tok/s | load s | MiB by NVML | predicted |"
+    yield "| way | layers fast + slow | decode tok/s | × stock | predicted | prefill tok/s | load s | MiB | predicted |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for load in loads:
         row = load.row
         predicted = predicted_decode(load, learned.get(row["model"]))
         times = f"{row['decode'] / stock:.2f}" if stock else ""
         speed = f"{predicted:.1f}" if predicted else ""
-        nvml, expected = (" + ".join(f"{pair[i]:.0f}" for pair in load.used) for i in (0, 1))
+        taken, expected = (" + ".join(f"{pair[i]:.0f}" for pair in load.used or load.parts) for i in (0, 1))
         yield (
             f"| {row['way']} | {load.layers} | {row['decode']:.1f} | {times} | {speed} | {row['prefill']:.0f} "
-            f"| {row['load_s']:.1f} | {nvml} | {expected} |"
+            f"| {row['load_s']:.1f} | {taken} | {expected} |"
         )
     for row in failed:
-        reason = "out of memory" if "memory" in json.dumps(row) else "failed"
+        out_of_memory = row.get("out_of_memory") or "out of memory" in row.get("log_tail", "")
+        reason = "out of memory" if out_of_memory else f"failed: {row.get('error', '')[:60]}"
         yield f"| {row['way']} | {reason} | | | | | | | |"
 
 
