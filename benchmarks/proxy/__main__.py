@@ -23,7 +23,7 @@ from pathlib import Path
 import uvloop
 
 from benchmarks.proxy.contenders import OTHER_CORES, Contender, come_first, running
-from benchmarks.proxy.install import LeftOutError, prepare
+from benchmarks.proxy.install import LeftOutError, prepare, versions
 from benchmarks.proxy.measures import MEMORY, OLLAMA_ALONE, ROUND, SLOW, SWEEP, Measure, machine, peak_mib, sweep_of
 from benchmarks.proxy.plancost import plan_cost_us
 from benchmarks.proxy.report import Rounds, tables
@@ -92,7 +92,7 @@ def main() -> None:
     names, left_out = available([name.replace(":", ", ") for name in arguments.only.split(",")])
     result: dict[str, object] = {
         "machine": machine(),
-        "python": platform.python_version(),
+        "versions": versions(names),
         "system": platform.system(),
         "load before": os.getloadavg()[0],
         "left out": left_out,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 CACHE = Path(__file__).parents[2] / ".cache" / "bench-proxy"
@@ -39,6 +41,18 @@ def prepare(name: str) -> None:
         _once(LITELLM_VENV, [venv, [*uv, "pip", "install", "-q", "--python", python, LITELLM]])
     elif name.endswith("aiohttp"):
         _once(AIOHTTP_FOLDER, [[*uv, "pip", "install", "-q", "--target", str(AIOHTTP_FOLDER), AIOHTTP]])
+
+
+def versions(names: Sequence[str]) -> list[str]:
+    """What the contenders of these names run on."""
+    found = [f"Python {platform.python_version()}"]
+    found += [f"{name} {version(name)}" for name in ("uvicorn", "uvloop", "httptools", "httpx", "httpcore", "fastapi")]
+    if "nginx" in names:
+        told = subprocess.run([nginx(), "-v"], capture_output=True, text=True, check=False).stderr
+        found.append(told.strip().rpartition(": ")[2].replace("/", " "))
+    if "litellm" in names:
+        found.append(LITELLM.replace("[proxy]==", " "))
+    return [*found, *(AIOHTTP.replace("==", " ") for name in names if name.endswith("aiohttp"))]
 
 
 def _once(folder: Path, commands: Sequence[Sequence[str]]) -> None:

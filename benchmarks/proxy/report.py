@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 Rounds = Mapping[str, Mapping[str, list[float]]]
@@ -46,10 +46,18 @@ def added(rounds: Rounds, contender: str, name: str) -> list[float]:
     return [value - direct for value, direct in zip(values, rounds["direct"][name], strict=False)]
 
 
-def ratio(rounds: Rounds, contender: str, name: str, to: str = "naive") -> float:
-    """How much ``contender`` has of what ``to`` has: the median over rounds of the ratio within each."""
+def ratios(rounds: Rounds, contender: str, name: str, to: str = "naive") -> list[float]:
+    """How much ``contender`` has of what ``to`` has, in each round."""
     pairs = zip(added(rounds, contender, name), added(rounds, to, name), strict=False)
-    return median(one / other for one, other in pairs)
+    return [one / other for one, other in pairs]
+
+
+def spread(values: list[float]) -> str:
+    """The median, and between which the middle half of the rounds lies."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
 def row(*cells: str) -> str:
@@ -58,7 +66,7 @@ def row(*cells: str) -> str:
 
 def tables(result: Mapping[str, Any]) -> str:
     """Everything that is in ``result``."""
-    lines = [f"{result['machine']}, {result['system']}, Python {result['python']}", *result["left out"]]
+    lines = [f"{result['machine']}, {result['system']}; {', '.join(result['versions'])}", *result["left out"]]
     if "rounds" in result:
         lines += ["", *main_table(result["rounds"]), "", *limits_table(result)]
     if "sweep" in result:
@@ -88,7 +96,7 @@ def limits_table(result: Mapping[str, Any]) -> list[str]:
     lines = [row("× naive", "limit", *others), row("---", "--:", *("--:" for _ in others))]
     for name, (sign, limit) in LIMITS.items():
         title = next(title for key, title, _ in COLUMNS if key == name)
-        cells = [f"{ratio(rounds, other, name):.2f}" for other in others]
+        cells = [spread(ratios(rounds, other, name)) for other in others]
         lines.append(row(title, f"{sign} {limit:g}", *cells))
     name = "10 MiB body ms"
     naive = added(rounds, "naive", name)

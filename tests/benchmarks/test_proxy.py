@@ -98,8 +98,8 @@ def test_ratios_are_made_within_a_round_with_the_direct_figure_subtracted():
     def rounds(added):
         return {name: [(1 + (0 if "per s" in name else added)) * slow for slow in (1.0, 2.0, 5.0)] for name in names}
 
-    result = {"machine": "m", "system": "s", "python": "p", "left out": ["nginx is left out: why"]}
+    result = {"machine": "m", "system": "s", "versions": ["p"], "left out": ["nginx is left out: why"]}
     text = tables({**result, "rounds": {"direct": rounds(0), "naive": rounds(4), "lopsided": rounds(1)}})
     assert "nginx is left out: why" in text
-    assert "| short request p50, ms | ≤ 0.45 | 0.25 |" in text
-    assert "| 32 at once: requests/s | ≥ 5 | 1.00 |" in text
+    assert "| short request p50, ms | ≤ 0.45 | 0.25 (0.25–0.25) |" in text
+    assert "| 32 at once: requests/s | ≥ 5 | 1.00 (1.00–1.00) |" in text
