@@ -43,7 +43,7 @@ from proxy.planjson import devices_json, plan_json
 from proxy.renaming import LIST_BYTES, Held, Renamed, shown_list
 from proxy.replies import error_reply, send_reply
 from proxy.rulefile import RuleFile
-from proxy.settings import Settings, settings_file
+from proxy.settings import Settings, setting_names, settings_file
 from proxy.statefile import StateFile
 
 OWN_PATH = "/lopsided"
@@ -214,7 +214,7 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
     catalog, launches = Catalog(forwarder.client), Launches(time.monotonic)
     measurements = Measurements(StateFile(settings.state if settings.calibration else None, MEASUREMENTS_FILE))
     learned = LearnedPlanner(planner=planner, measurements=measurements, objective=settings.objective)
-    rules = RuleFile(settings_file())
+    rules = RuleFile(settings_file(), settings=setting_names())
     placements = Placements(
         ollama=ollama,
         catalog=catalog,

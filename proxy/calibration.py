@@ -67,16 +67,18 @@ class LearnedPlanner:
         calibration = self.measurements.calibration(profile, rig)
         objective = (self.measurements.turn(profile) or "decode") if self.objective == "auto" else self.objective
         plan = self.planner(profile, rig, replace(request, calibration=calibration, objective=objective))
-        if request.boost is not None:  # somebody's wish, not a prediction
-            return plan
         for candidate in (plan.chosen, plan.chosen_by_options):
             if reason := self.loss(plan, candidate):
                 plan = revert(plan, candidate, reason)
         return plan
 
     def loss(self, plan: Plan, candidate: Candidate) -> str | None:
-        """By how much ``candidate`` was measured slower than stock, in words; ``None`` where it was not."""
-        if candidate is plan.stock:
+        """By how much ``candidate`` was measured slower than stock, in words; ``None`` where it was not.
+
+        A boost or a GPU that was asked for is a wish, not a prediction, and a stock that does not fit is none to go back to.
+        """
+        wished = plan.request.boost is not None or candidate.placement.order == (plan.request.gpu,)
+        if candidate is plan.stock or wished or not plan.stock.fits:
             return None
         ours, stock = (self.measurements.speeds(place_of(plan, one)) for one in (candidate, plan.stock))
         if not is_slower(ours, stock):

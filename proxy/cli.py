@@ -49,7 +49,7 @@ from proxy.measurements import Measurements
 from proxy.options import era_of
 from proxy.planjson import devices_json, launcher_arguments, plan_json, quantization_json
 from proxy.planning import plan_for
-from proxy.rulefile import RuleFile
+from proxy.rulefile import RuleFile, read_rules
 from proxy.settings import CACHE_TYPES, Settings, load_settings, settings_file, unknown_variables
 from proxy.statefile import StateFile
 from proxy.tables import (
@@ -121,6 +121,7 @@ def serve(host: str | None, upstream: str | None) -> None:
     from proxy.serve import settle_process, uvicorn_options
 
     settings = load_settings(**_given(host=host, upstream=upstream))
+    read_rules(settings_file())
     source = gpu_source(settings)
     seen = asyncio.run(look(settings, device_order(settings), source))
     if seen.upstream_is_lopsided:
@@ -280,7 +281,7 @@ def doctor(as_json: bool) -> None:
     """Check settings, Ollama and GPUs."""
     settings = load_settings()
     seen = asyncio.run(look(settings, device_order(settings), gpu_source(settings)))
-    findings = (*judge(seen), *judge_rules(settings_file(), seen.rig, os.environ))
+    findings = (*judge(seen), *judge_rules(settings_file(), seen, os.environ))
     if as_json:
         _print_json({"findings": [asdict(finding) for finding in findings]})
     else:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ import httpx
 from planner.hardware import Gpu, Rig
 from planner.units import GIB
 from proxy.address import Address
-from proxy.errors import GpuError, LauncherError
+from proxy.errors import GpuError, LauncherError, SettingsError
 from proxy.gpus import GpuSource
 from proxy.gpus.order import DeviceOrder
 from proxy.installation import SAYINGS, Installation, find_library, inspect
 from proxy.options import era_of
-from proxy.room import unknown_gpus
+from proxy.room import doubts
 from proxy.rulefile import read_rules
+from proxy.rules import matches
 from proxy.settings import Settings, unknown_variables
 
 Level = Literal["ok", "warn", "fail"]
@@ -61,6 +62,7 @@ class Sight:
     upstream_problem: str = ""
     upstream_is_lopsided: bool = False
     models: int | None = None
+    names: Sequence[str] | None = None
     listener: Literal["lopsided", "another program", "nobody"] = "nobody"
     rig: Rig | None = None
     gpu_problem: str = ""
@@ -74,7 +76,8 @@ async def look(settings: Settings, order: DeviceOrder, source: GpuSource) -> Sig
         try:
             facts["upstream_is_lopsided"] = await _is_lopsided(client, settings.upstream)
             facts["version"] = str((await _json(client, settings.upstream, "/api/version"))["version"])
-            facts["models"] = len((await _json(client, settings.upstream, "/api/tags"))["models"])
+            names = [str(model["name"]) for model in (await _json(client, settings.upstream, "/api/tags"))["models"]]
+            facts["models"], facts["names"] = len(names), names
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             facts["upstream_problem"] = str(error) or type(error).__name__
         try:
@@ -97,17 +100,25 @@ def judge(sight: Sight) -> tuple[Finding, ...]:
     return (*_proxy(sight), *_upstream(sight), *_launcher(sight), *_environment(sight), *_gpus(sight))
 
 
-def judge_rules(path: Path, rig: Rig | None, environment: Mapping[str, str]) -> Iterator[Finding]:
+def judge_rules(path: Path, sight: Sight, environment: Mapping[str, str]) -> Iterator[Finding]:
     """What is wrong with the rules in the file ``path``, and with the names of variables.
 
-    A file that cannot be read does not come this far: it is refused with the settings.
+    A file that is no TOML does not come this far: it is refused with the settings.
     """
     for line in unknown_variables(environment):
         yield Finding(level="warn", subject="settings", text=line, advice="Mend its name, or unset it")
-    rules = read_rules(path)
-    for name in unknown_gpus(rules, rig) if rig else ():
-        text = f"{path} has rules for a GPU {name!r}, which is not here"
-        yield Finding(level="warn", subject="rules", text=text, advice="`lopsided devices` lists names and UUIDs")
+    try:
+        rules = read_rules(path)
+    except SettingsError as error:
+        advice = "Mend it: lopsided does not start with it, and one that runs keeps the rules of before"
+        yield Finding(level="fail", subject="rules", text=str(error), advice=advice)
+        return
+    for text in dict.fromkeys(doubts(rules.each(), sight.rig)) if sight.rig else ():
+        yield Finding(level="warn", subject="rules", text=f"{path}: {text}", advice="`lopsided devices` lists names and UUIDs")
+    for name in rules.names() if sight.names is not None else ():
+        if not any(matches(name, model) for model in sight.names or ()):
+            text = f"{path}: {name!r} in priority or keep_together is no model that Ollama has"
+            yield Finding(level="warn", subject="rules", text=text, advice="`ollama list` has the names; pull it, or take it out")
     if rules.by_name:
         count = len(rules.models)
         yield Finding(level="ok", subject="rules", text=f"{path}: rules for {count} pattern{'' if count == 1 else 's'} of models")

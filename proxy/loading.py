@@ -31,7 +31,7 @@ def asked_context(options: Mapping[str, Any], facts: ModelFacts, settings: Setti
 
 def sets_context(options: Mapping[str, Any], facts: ModelFacts) -> bool:
     """Whether the client or the model says how long the context is to be."""
-    return bool(options.get("num_ctx") or facts.default_integer("num_ctx"))
+    return options.get("num_ctx") is not None or facts.default_integer("num_ctx") is not None
 
 
 def plan_request(

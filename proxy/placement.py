@@ -148,8 +148,6 @@ class Placements:
         """What ``request`` gets; never raises, whatever is missing."""
         if request.unloads:
             return Decision(delivery=stock("unloads"))
-        if self._plans.rule(request.model).off:
-            return Decision(delivery=stock(OFF))
         try:
             if known := self._known(request):
                 return known
@@ -274,17 +272,19 @@ class Placements:
 
     async def _decide(self, request: LoadRequest) -> Decision:
         facts = await self._facts_of(request.model)
-        blob = facts.blob or facts.digest
+        blob, rule = facts.blob or facts.digest, self._plans.rule(request.model)
         wish = own_wish(request.options, facts.defaults)
+        if wish is not None and rule.off:
+            return Decision(delivery=stock(OFF))
         if wish is not None:
             without = MAIN_GPU if request.options.get("main_gpu") == 0 else frozenset()
             return Decision(delivery=stock(wish, without=without))
-        if not self._launches.places_all and (self._v1_names or self._v1_blobs) and await self._is_on_v1(blob):
+        if not rule.off and not self._launches.places_all and (self._v1_names or self._v1_blobs) and await self._is_on_v1(blob):
             if (slot := self._slots.get(blob)) is not None:
                 slot.current = None
             return Decision(delivery=stock("seen on /v1", without=MAIN_GPU))
         slot = self._slots.setdefault(blob, _Slot())
-        num_ctx, rule = asked_context(request.options, facts, self._settings), self._plans.rule(request.model)
+        num_ctx = asked_context(request.options, facts, self._settings)
         if not self._holds(slot, num_ctx, rule):
             async with slot.lock:
                 if not self._holds(slot, num_ctx, rule):
@@ -347,7 +347,9 @@ class Placements:
         failure = self._failure(blob, num_ctx)
         careful = failure.careful if failure else 0
         plan, delivery = None, stock("the plans before ran out of memory", without=MAIN_GPU)
-        if careful < 2:
+        if rule.off:
+            delivery = stock(OFF)
+        elif careful < 2:
             plan, delivery = await self._new_plan(request, facts, loaded, careful=careful)
             if failure and delivery.options == failure.delivery.options:
                 plan, careful, delivery = None, 2, stock("the same plan ran out of memory before", without=MAIN_GPU)

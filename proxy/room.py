@@ -6,18 +6,19 @@ With other models loaded, Ollama evicts idle ones, the shortest keep-alive first
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from planner.hardware import Rig
+from planner.hardware import Rig, gpu_names
 from planner.plan import Plan
 from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
 from planner.search import Search
 from planner.speed import gpu_rates
+from planner.units import GIB
 from proxy.catalog import ModelFacts
 from proxy.loading import freed, makes_room
-from proxy.rules import Rule, Rules, find_gpu
+from proxy.rules import Rule, find_gpus
 
 SMALL_PERCENT = 25
 """An embedding model that takes no more of the slowest card's memory is small: it goes there."""
@@ -80,22 +81,47 @@ def beside_others(plan: Plan) -> int | None:
 def ruled(request: PlanRequest, rig: Rig, rule: Rule, facts: ModelFacts) -> PlanRequest:
     """``request`` with what ``rule`` says of ``rig``, and a small embedding model on the slow card.
 
-    GPUs that are not there count as not named: the file may be shared by several machines, and `lopsided doctor` tells.
+    GPUs that are not there count as not named: the file may be shared by several machines, and :func:`doubts` tells. Of several
+    that one name means, each has its reserve, and ``gpu`` is the first.
     """
     reserves = [0] * len(rig.gpus)
     for name, size_bytes in rule.reserve:
-        if (gpu := find_gpu(rig.gpus, name)) is not None:
+        for gpu in find_gpus(rig.gpus, name):
             reserves[gpu] = size_bytes
     if any(reserves):
         request = replace(request, reserve_bytes=tuple(reserves))
     if rule.boost is not None:
         request = replace(request, boost=None if rule.boost == "auto" else rule.boost)
-    gpu = find_gpu(rig.gpus, rule.gpu) if rule.gpu is not None else None
-    if gpu is not None:
-        return replace(request, gpu=gpu, gpu_reason="a rule of lopsided.toml says so")
-    if facts.is_embedding and rule.gpu is None and (gpu := slow_gpu(facts.profile, rig, request)) is not None:
-        return replace(request, gpu=gpu, gpu_reason="a small embedding model leaves the fast card to others")
+    if rule.gpu is not None and (named := find_gpus(rig.gpus, rule.gpu)):
+        return replace(request, gpu=named[0], gpu_reason="a rule of lopsided.toml says so")
+    if facts.is_embedding and rule.gpu is None and (slow := slow_gpu(facts.profile, rig, request)) is not None:
+        return replace(request, gpu=slow, gpu_reason="a small embedding model leaves the fast card to others")
     return request
+
+
+def said_by(rule: Rule) -> str | None:
+    """What ``rule`` says and which sections of the file say it, in words; ``None`` where it says nothing."""
+    values = {"gpu": rule.gpu, "boost": rule.boost, "context": rule.context, "off": rule.off}
+    said = [f"{name} = {value}" for name, value in values.items() if value is not None]
+    said += [f"reserve {name} = {size_bytes / GIB:.1f} GiB" for name, size_bytes in rule.reserve]
+    where = ", ".join(f'[models."{pattern}"]' for pattern in rule.patterns) or "for all models"
+    return f"lopsided.toml, {where}: {', '.join(said)}" if said else None
+
+
+def doubts(rules: Iterable[Rule], rig: Rig) -> Iterator[str]:
+    """What the GPUs that ``rules`` name leave to be said: ones that are not there, several of a name, reserves of whole cards."""
+    named = dict.fromkeys(rule.gpu for rule in rules if rule.gpu is not None)
+    reserves = dict(reserve for rule in rules for reserve in rule.reserve)
+    for name in named | dict.fromkeys(reserves):
+        if not (found := find_gpus(rig.gpus, name)):
+            yield f"a rule names the GPU {name!r}, which is not here: it counts as not said"
+        elif name in named and len(found) > 1:
+            yield f"gpu = {name!r} means {len(found)} GPUs here: {rig.gpus[found[0]].uuid} is taken"
+        yield from (
+            f"the reserve leaves nothing of {gpu_names(rig.gpus)[gpu]}: nothing is placed there"
+            for gpu in found
+            if reserves.get(name, 0) >= rig.gpus[gpu].total_bytes
+        )
 
 
 def slow_gpu(profile: ModelProfile, rig: Rig, request: PlanRequest) -> int | None:
@@ -107,8 +133,3 @@ def slow_gpu(profile: ModelProfile, rig: Rig, request: PlanRequest) -> int | Non
     search = Search(profile, rig, request)
     small = search.alone(slowest).memory.devices[slowest].total_bytes * 100 <= SMALL_PERCENT * rig.gpus[slowest].total_bytes
     return slowest if small else None
-
-
-def unknown_gpus(rules: Rules, rig: Rig) -> tuple[str, ...]:
-    """GPUs that rules name and that are not there."""
-    return tuple(dict.fromkeys(name for name in rules.gpus() if find_gpu(rig.gpus, name) is None))

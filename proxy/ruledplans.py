@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,16 +17,22 @@ from proxy.catalog import Catalog, ModelFacts
 from proxy.errors import LopsidedError
 from proxy.loading import makes_room, plan_request, sets_context, without_companions
 from proxy.options import Delivery, with_context
-from proxy.room import Held, beside_others, evicts, rig_for, ruled
+from proxy.room import Held, beside_others, doubts, evicts, rig_for, ruled, said_by
 from proxy.rulefile import RuleFile
 from proxy.rules import Rule, matches
 from proxy.settings import Settings
 from proxy.together import Member, share
 
+TOLD_KEPT = 64
+"""Lines of the log that are remembered, so that each is said once."""
+
 BESIDE = "elsewhere Ollama would unload another model"
 TOGETHER = "there it stays loaded together with its group"
 OFF = "a rule switches it off"
+APART = "keep_together: there is no room for the whole group, so each is placed as if there were none"
 """Why such a plan was made, or none, in the words of a reason."""
+
+log = logging.getLogger("lopsided.rules")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +65,7 @@ class RuledPlans:
         self._settings = settings
         self._planner = planner
         self._live = live
+        self._told: set[str] = set()
 
     def rule(self, model: str) -> Rule:
         """What holds for ``model`` now."""
@@ -95,18 +103,33 @@ class RuledPlans:
         return plan if by_options and roomier.chosen_by_options is roomier.stock else roomier
 
     async def on(self, load: Load, rig: Rig, *, loaded: Collection[str], by_options: bool = True) -> Plan:
-        """A plan on ``rig`` as it is."""
-        rig = without_companions(rig, load.facts)
-        wanted = ruled(load.request, rig, self.rule(load.model), load.facts)
-        wanted = await self._with_group(load, wanted, rig, loaded, by_options)
+        """A plan on ``rig`` as it is. Its reasons begin with the rules that it follows."""
+        rig, rule = without_companions(rig, load.facts), self.rule(load.model)
+        wanted = ruled(load.request, rig, rule, load.facts)
+        grouped = await self._with_group(load, wanted, rig, loaded, by_options)
+        problems = [*doubts([rule], rig), *([APART] if grouped is None else [])]
+        wanted = grouped or wanted
         if self._sets_context(load):
             wanted = await asyncio.to_thread(self._with_context, load, wanted, rig)
-        return await asyncio.to_thread(self._planner, load.facts.profile, rig, wanted)
+        plan = await asyncio.to_thread(self._planner, load.facts.profile, rig, wanted)
+        for problem in problems:
+            self._tell(problem)
+        return replace(plan, reasons=tuple(filter(None, (said_by(rule), *problems, *plan.reasons))))
+
+    def _tell(self, text: str) -> None:
+        """Logs ``text`` once."""
+        if text not in self._told and len(self._told) < TOLD_KEPT:
+            self._told.add(text)
+            log.warning("%s", text)
 
     def _sets_context(self, load: Load) -> bool:
-        """Whether neither client nor model sets the context, and the rules or ``LOPSIDED_CONTEXT`` do."""
+        """Whether neither client nor model sets the context, and the rules or ``LOPSIDED_CONTEXT`` do.
+
+        An embedding model takes texts of its trained length; it gets another one only where a rule has the number.
+        """
         said = self.rule(load.model).context or self._settings.context
-        return said != "keep" and not sets_context(load.options, load.facts) and not load.facts.is_embedding
+        wanted = isinstance(said, int) or (said == "fit" and not load.facts.is_embedding)
+        return wanted and not sets_context(load.options, load.facts)
 
     def _with_context(self, load: Load, wanted: PlanRequest, rig: Rig) -> PlanRequest:
         said, profile = self.rule(load.model).context, load.facts.profile
@@ -117,8 +140,8 @@ class RuledPlans:
 
     async def _with_group(
         self, load: Load, wanted: PlanRequest, rig: Rig, loaded: Collection[str], by_options: bool
-    ) -> PlanRequest:
-        """``wanted`` with room for those of its group that are not loaded; the others hold theirs already."""
+    ) -> PlanRequest | None:
+        """``wanted`` with room for those of its group that are not loaded (the others hold theirs already); ``None``: no room."""
         members: list[Member] = []
         own = Member(profile=load.facts.profile, request=wanted)
         for name in self._rules.current().together_with(load.model):
@@ -137,7 +160,7 @@ class RuledPlans:
             return wanted
         found = await asyncio.to_thread(share, members, members.index(own), rig, self._planner, by_options=by_options)
         if found is None:
-            return wanted
+            return None
         kept = wanted.reserve_bytes or (0,) * len(rig.gpus)
         wanted = replace(wanted, reserve_bytes=tuple(map(sum, zip(kept, found.reserve_bytes, strict=True))))
         return wanted if wanted.gpu is not None or found.gpu is None else replace(wanted, gpu=found.gpu, gpu_reason=TOGETHER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from proxy.errors import SettingsError
@@ -26,15 +26,20 @@ class RuleFile:
     """The rules of the file ``path``, which need not exist; ``None`` is no file. ``clock`` is monotonic, in seconds.
 
     A file that is broken when it is first read is refused (``SettingsError``); one that is broken later leaves the rules in force
-    that were, and is said once.
+    that were, and is said once. One that is gone, or empty, may be an editor's between two steps: that counts from the second
+    look on. ``settings``: the names of the other keys that may stand there; by default that is not looked at.
     """
 
-    def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, path: Path | None, *, settings: Collection[str] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._path = path
+        self._settings = settings
         self._clock = clock
         self._seen = self._look()
         self._looked_at = clock()
-        self._rules = read_rules(path) if path else Rules()
+        self._rules = read_rules(path, settings=settings) if path else Rules()
+        self._gone = False
         self._by_model: dict[str, Rule] = {}
         self.problem: str | None = None
         """Why the file as it is now is not in force."""
@@ -45,10 +50,11 @@ class RuleFile:
             return self._rules
         self._looked_at = self._clock()
         seen = self._look()
-        if seen != self._seen:
+        was_gone, self._gone = self._gone, seen is None or seen[1] == 0
+        if seen != self._seen and (was_gone or not self._gone):
             self._seen = seen
             try:
-                self._rules, self.problem = read_rules(self._path), None
+                self._rules, self.problem = read_rules(self._path, settings=self._settings), None
                 self._by_model.clear()
                 log.info("%s has changed: its rules are in force", self._path)
             except SettingsError as error:
@@ -73,7 +79,7 @@ class RuleFile:
         return (seen.st_mtime_ns, seen.st_size, seen.st_ino) if seen else None
 
 
-def read_rules(path: Path) -> Rules:
+def read_rules(path: Path, *, settings: Collection[str] | None = None) -> Rules:
     """The rules in the file ``path``; none where it does not exist. Raises ``SettingsError`` with file and line."""
     content, text = read_toml(path)
-    return parse_rules(content, text, path)
+    return parse_rules(content, text, path, settings=settings)

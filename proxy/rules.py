@@ -7,8 +7,8 @@ docs/rules.md has examples. Parsing is a function of the text; :class:`proxy.rul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -36,13 +36,17 @@ MAX_TOGETHER = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """What holds for one model. ``None``: nothing is said. ``boost`` is a factor, or ``auto`` for the search."""
+    """What holds for one model. ``None``: nothing is said. ``boost`` is a factor, or ``auto`` for the search.
+
+    ``patterns``: of the sections that say anything, in their order; no part of what holds.
+    """
 
     gpu: str | None = None
     reserve: Reserve = ()
     boost: float | Literal["auto"] | None = None
     context: Context | None = None
     off: bool | None = None
+    patterns: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +63,9 @@ class Rules:
         found = Rule(reserve=self.reserve)
         for pattern, rule in self.models:
             if matches(pattern, model):
-                said: dict[str, Any] = {field.name: getattr(rule, field.name) for field in fields(rule)}
+                said: dict[str, Any] = {one.name: getattr(rule, one.name) for one in fields(rule)}
                 said["reserve"] = tuple({**dict(found.reserve), **dict(rule.reserve)}.items())
+                said["patterns"] = (*found.patterns, pattern)
                 found = replace(found, **{name: value for name, value in said.items() if value is not None})
         return found
 
@@ -78,36 +83,44 @@ class Rules:
         """Whether anything here depends on a model's name."""
         return bool(self.models or self.keep_together or self.priority)
 
-    def gpus(self) -> Iterator[str]:
-        """Every GPU that a rule names."""
-        for rule in (Rule(reserve=self.reserve), *(rule for _, rule in self.models)):
-            yield from (name for name, _ in rule.reserve)
-            if rule.gpu is not None:
-                yield rule.gpu
+    def each(self) -> tuple[Rule, ...]:
+        """The sections, each by itself, after what holds for every model."""
+        return (Rule(reserve=self.reserve), *(rule for _, rule in self.models))
+
+    def names(self) -> tuple[str, ...]:
+        """What ``priority`` and ``keep_together`` name."""
+        return tuple(dict.fromkeys((*self.priority, *(name for group in self.keep_together for name in group))))
 
 
 def matches(pattern: str, model: str) -> bool:
     """Whether ``pattern`` means ``model``: by the name that Ollama lists, with or without ``:latest``, in any case of letters."""
-    name = _listed(model)
-    pattern = pattern.casefold()
+    name = _listed(full_name(model))
+    pattern = _listed(pattern.casefold())
     return any(fnmatchcase(form, pattern) for form in {name, name.removesuffix(":latest")})
 
 
-def find_gpu(gpus: Sequence[Gpu], name: str) -> int | None:
-    """The index of the GPU that ``name`` means: a UUID or its beginning, or words of a card's name; ``None`` where none does.
+def find_gpus(gpus: Sequence[Gpu], name: str) -> tuple[int, ...]:
+    """The indices of the GPUs that ``name`` means: a UUID or its beginning, or words of a card's name; none where none fits.
 
-    Of several that fit, the one whose name is shortest ("RTX 3090" is no RTX 3090 Ti if there is the other), then the first.
+    Of cards whose names differ, those with the shortest: "RTX 3090" is no RTX 3090 Ti if there is the other.
     """
-    by_uuid = [index for index, gpu in enumerate(gpus) if gpu.uuid.casefold().startswith(name.casefold())]
+    if by_uuid := tuple(index for index, gpu in enumerate(gpus) if gpu.uuid.casefold().startswith(name.casefold())):
+        return by_uuid
     words = set(name.casefold().split())
-    by_name = [index for index, gpu in enumerate(gpus) if words <= set(gpu.name.casefold().split())]
-    return min(by_uuid or by_name, key=lambda index: len(gpus[index].name.split()), default=None)
+    lengths = {index: len(gpu.name.split()) for index, gpu in enumerate(gpus) if words <= set(gpu.name.casefold().split())}
+    return tuple(index for index, length in lengths.items() if length == min(lengths.values()))
 
 
-def parse_rules(content: Mapping[str, Any], text: str, path: Path) -> Rules:
-    """The rules in ``content``, which is ``text`` parsed; other keys are left alone. Raises ``SettingsError`` with the line."""
+def parse_rules(content: Mapping[str, Any], text: str, path: Path, *, settings: Collection[str] | None = None) -> Rules:
+    """The rules in ``content``, which is ``text`` parsed. Raises ``SettingsError`` with the line.
+
+    Keys that are none of the rules are left alone; with ``settings``, the names of those, they have to be one of them.
+    """
     said: dict[str, Any] = {}
     try:
+        for key in content:
+            if settings is not None and key not in (*RULE_KEYS, *settings):
+                raise _RuleError((key,), f"there is no rule or setting {key!r}{closest(key, (*RULE_KEYS, *settings))}")
         for key in RULE_KEYS:
             if key in content:
                 said[key] = _PARSERS[key](content[key], (key,))
@@ -208,6 +221,6 @@ _RULE_PARSERS = {"gpu": _name, "reserve": _reserve, "boost": _boost, "context": 
 _PARSERS = {"models": _models, "reserve": _reserve, "priority": _patterns, "keep_together": _together}
 
 
-def _listed(model: str) -> str:
-    """``model`` as Ollama lists it, in lower case: without the parts that stand for its own registry."""
-    return full_name(model).removeprefix("registry.ollama.ai/").removeprefix("library/")
+def _listed(name: str) -> str:
+    """A full name, or the pattern of one, as Ollama lists it: without the parts that stand for its own registry."""
+    return name.removeprefix("registry.ollama.ai/").removeprefix("library/")

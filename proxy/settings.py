@@ -20,7 +20,6 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from planner.power import BOOST_MAX, BOOST_MIN
 from proxy.address import LISTEN_PORT, Address, parse_address
 from proxy.errors import SettingsError
-from proxy.rulefile import read_rules
 from proxy.rules import RULE_KEYS
 from proxy.tomlfile import closest, line_of, read_toml
 
@@ -292,8 +291,8 @@ class Settings(BaseSettings):
 def load_settings(**overrides: Any) -> Settings:
     """The settings in force; ``overrides`` (field names, such as ``host="0.0.0.0:80"``) win over everything.
 
-    Raises ``SettingsError`` for the first value that is not allowed: the variable or the file's key, the value, what is allowed;
-    for a rule of the file that is none, too.
+    Raises ``SettingsError`` for the first value that is not allowed: the variable or the file's key, the value, what is allowed.
+    The rules in the file are :class:`proxy.rulefile.RuleFile`'s.
     """
     file = settings_file()
     if os.environ.get(FILE_VARIABLE) and not file.is_file():
@@ -306,7 +305,6 @@ def load_settings(**overrides: Any) -> Settings:
         raise SettingsError(f"{file}: {error}") from None
     if settings.require_token and settings.token is None and settings.token_file is None:
         raise SettingsError("LOPSIDED_REQUIRE_TOKEN is on, and there is no token: set LOPSIDED_TOKEN or LOPSIDED_TOKEN_FILE")
-    read_rules(file)
     if settings.upstream == settings.host.connectable():
         raise SettingsError(
             f"the proxy would listen on {settings.host.authority}, which is also the Ollama that it should ask: "
@@ -320,6 +318,11 @@ def unknown_variables(environment: Mapping[str, str]) -> tuple[str, ...]:
     known = [str(field.validation_alias) for field in Settings.model_fields.values()] + [*OTHER_VARIABLES]
     strangers = sorted(name for name in environment if name.upper().startswith(PREFIX) and name not in known)
     return tuple(f"{name} is no setting, and has no effect{closest(name, known)}" for name in strangers)
+
+
+def setting_names() -> frozenset[str]:
+    """The keys of ``lopsided.toml`` that are settings."""
+    return frozenset({"upstream", *Settings.model_fields} - {"own_upstream"})
 
 
 def settings_file() -> Path:
@@ -338,7 +341,7 @@ def _explain(error: ValidationError, overrides: dict[str, Any], file: Path) -> s
     variable = str(problem["loc"][0])
     names = [name for name in ("upstream", *Settings.model_fields) if _variable(name) == variable]
     if problem["type"] == "extra_forbidden":
-        allowed = sorted({"upstream", *Settings.model_fields, *RULE_KEYS} - {"own_upstream"})
+        allowed = sorted({*setting_names(), *RULE_KEYS})
         hint = closest(variable, allowed) or f"; there are {', '.join(allowed)}"
         return f"{file}:{_line(file, variable)}: there is no setting {variable!r}{hint}"
     allowed_values = problem["msg"].removeprefix("Value error, ")

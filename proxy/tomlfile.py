@@ -17,6 +17,8 @@ SIZE_LIMIT_BYTES = 256 * 1024
 def read_toml(path: Path) -> tuple[dict[str, Any], str]:
     """What stands in ``path``, and its text; empty where there is no such file. Raises ``SettingsError``."""
     try:
+        if path.is_fifo():
+            raise SettingsError(f"{path}: a pipe, which cannot be read twice: write a file")
         with path.open("rb") as file:
             data = file.read(SIZE_LIMIT_BYTES + 1)
         if len(data) > SIZE_LIMIT_BYTES:

@@ -41,6 +41,9 @@ from proxy.errors import GpuError
 from proxy.gpus.host import read_host
 from proxy.gpus.specs import Card, find_card, idle_free_bytes
 
+MOST_BYTES = 2**50
+"""More than any card, host or second of a bus has."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]i?)B)\s*$", re.IGNORECASE)
 
@@ -50,7 +53,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text)
     if not match:
         raise ValueError(f"{text!r} is no size: write 22GiB or 22528MiB (GB is 10^9 bytes)")
-    return round(float(match[1]) * _UNITS[match[2].upper()])
+    size_bytes = float(match[1]) * _UNITS[match[2].upper()]
+    if size_bytes > MOST_BYTES:
+        raise ValueError(f"{text[:20]!r} is more than any card has")
+    return round(size_bytes)
 
 
 class StaticSource:

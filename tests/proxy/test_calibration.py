@@ -8,12 +8,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from planner.placement import solo
 from planner.plan import make_plan
+from planner.request import PlanRequest
 from planner.speed import Calibration, gpu_rates
 from proxy import calibration
 from proxy.gpus.static import StaticSource
@@ -225,3 +227,14 @@ def test_in_the_older_era_stocks_own_placement_teaches(tmp_path, caplog):
         it.ask(options={"num_ctx": 4096, "num_gpu": 20})
         it.ask()
         until(lambda: "GiB lie on GPUs" in caplog.text)
+
+
+@pytest.mark.parametrize("wish", [{"gpu": 1, "gpu_reason": "a rule"}, {"boost": 1.5}])
+def test_what_somebody_asked_for_is_not_taken_back(wish):
+    # shows: a rule's card, or a boost, is a wish and no prediction, however slow it turns out
+    profile = next(model.profile for model in MODELS if model.name == MODEL)
+    slower = SimpleNamespace(speeds=lambda place: (10.0 if place.placement.order == (1,) else 20.0,) * 8)
+    learned = calibration.LearnedPlanner(planner=on(1), measurements=slower, objective="decode")
+    for asked, lost in (({}, True), (wish, False)):
+        plan = on(1)(profile, RIG, PlanRequest(num_ctx=4096, **asked))
+        assert (learned.loss(plan, plan.chosen) is not None) is lost

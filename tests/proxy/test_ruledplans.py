@@ -15,7 +15,8 @@ from proxy.cli import main
 from proxy.gpus.static import StaticSource
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.simulator.placement import Environment
-from tests.proxy.test_launching import make_machine
+from proxy.simulator.replies import Spoken
+from tests.proxy.test_launching import make_machine, wait_until
 from tests.proxy.upstreams import proxy_before
 from tests.servers import serve
 
@@ -68,11 +69,11 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(rulefile, "LOOK_S", 0.05)
 
     @contextmanager
-    def open_stage(rules="", *, source=None, **settings):
+    def open_stage(rules="", *, source=None, parallel=1, **settings):
         file = tmp_path / "lopsided.toml"
         file.write_text(rules)
         monkeypatch.setenv("LOPSIDED_CONFIG", str(file))
-        simulator = Simulator(RIG, MODELS, environment=Environment(keep_alive_s=60))
+        simulator = Simulator(RIG, MODELS, environment=Environment(keep_alive_s=60, num_parallel=parallel))
         with serve(create_app(simulator)) as ollama, proxy_before(ollama, source=source or simulator, **settings) as url:
             it = Stage(simulator, url, file)
             with it.client:
@@ -93,7 +94,8 @@ def test_a_model_that_its_rules_gpu_does_not_hold_is_searched_for(stage):
     with stage(f'[models."{CHAT}"]\ngpu = "RTX 3090"') as it:
         assert it.ask(CHAT, num_ctx=32768).startswith("solo CUDA0")
         reasons = it.client.get("/lopsided/plan", params={"model": CHAT, "num_ctx": 32768}).json()["reasons"]
-        assert "does not fit alone on" in reasons[0]
+        assert reasons[0] == f'lopsided.toml, [models."{CHAT}"]: gpu = RTX 3090'
+        assert reasons[1].startswith("does not fit alone on")
 
 
 def test_a_reserve_keeps_a_card_free_for_others(stage):
@@ -127,6 +129,100 @@ def test_a_rule_that_changes_moves_the_model_at_its_next_request_and_no_other(st
         assert it.count("reload") == 1  # a broken file changes nothing
 
 
+def test_a_rule_that_changes_during_a_request_waits_for_its_end(stage):
+    # shows: neither another card nor `off` has Ollama load anew what somebody is reading
+    with stage(f'[models."{OTHER}"]\ngpu = "RTX 5090"', parallel=2) as it:
+        it.ask(OTHER, num_ctx=4096)
+        it.simulator.speaker = lambda *_, **__: Spoken(pieces=(" on",) * 2000, count=2000, reason="stop", calls=())
+        it.simulator.scheduler.time_scale = 1.0
+        body = {"model": OTHER, "prompt": "x", "options": {"num_ctx": 4096, "num_predict": 2000}}
+        with it.client.stream("POST", "/api/generate", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for rules in ('gpu = "RTX 3090"', "off = true"):
+                it.file.write_text(f'[models."{OTHER}"]\n{rules}')
+                time.sleep(0.1)
+                body["prompt"] = "and"
+                with it.client.stream("POST", "/api/generate", json=body) as second:
+                    assert second.headers[HEADER] == answer.headers[HEADER]
+            assert (it.cards(OTHER), it.count("reload"), next(lines)[:1]) == ((0,), 0, "{")
+            it.simulator.scheduler.time_scale = 0.0
+        wait_until(lambda: it.ask(OTHER, num_ctx=4096) == "stock; a rule switches it off")
+
+
+BROKEN = {
+    "wrong type": b"[models.x]\noff = 7",
+    "unknown key": b"[models.x]\ngppu = 'RTX 3090'",
+    "misspelled": b"prioritty = ['x']",
+    "no TOML": b"[models.x\n",
+    "not UTF-8": b"# \xff",
+    "endless": b"#" * 300_000,
+    "an enormous reserve": b"reserve = { x = '" + b"9" * 400 + b"GiB' }",
+    "deep": b"a = " + b"[" * 5000,
+}
+
+
+def test_a_broken_edit_keeps_the_rules_of_before_says_so_once_and_answers(stage, caplog):
+    with stage(f'[models."{OTHER}"]\ngpu = "RTX 3090"') as it:
+        for content in BROKEN.values():
+            it.file.write_bytes(content)
+            caplog.clear()
+            for _ in range(3):
+                time.sleep(0.06)
+                assert it.ask(OTHER, num_ctx=4096).startswith(("solo CUDA1", "stock; auto"))
+            assert [record.levelname for record in caplog.records if "rules of before" in record.message] == ["WARNING"]
+        it.file.unlink()
+        it.file.mkdir()
+        time.sleep(0.06)
+        it.ask(OTHER, num_ctx=4096)
+        assert (it.cards(OTHER), it.count("reload")) == ((1,), 0)
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ('reserve = { "RTX 5090" = "99GiB" }', "the reserve leaves nothing of"),
+        ('reserve = { "RTX" = "99GiB" }', "the reserve leaves nothing of"),
+        ('[models."*"]\ngpu = "RTX"', "gpu = 'RTX' means 2 GPUs here: "),
+        ('[models."*"]\ngpu = "RTX 4090"', "a rule names the GPU 'RTX 4090', which is not here"),
+        ('[models."*"]\ngpu = "RTX 3090"\nreserve = { "RTX 3090" = "23GiB" }', "does not fit alone on"),
+        (f'keep_together = ["{CHAT}", "{OTHER}", "{LESSER}"]', "there is no room for the whole group"),
+        ('[models."*"]\ncontext = 1', "context = 1"),
+        ('[models."*"]\ncontext = 2147483647', "context = 2147483647"),
+        ('[models."*"]\nboost = 1.3', "boost = 1.3"),
+        ('[models."*"]\noff = true', "off = True"),
+    ],
+)
+def test_a_rule_that_cannot_be_followed_is_said_and_the_request_answered(stage, rules, said):
+    with stage(rules) as it:
+        it.ask(OTHER, num_ctx=16384)
+        it.ask(CHAT, num_predict=1)
+        plan = it.client.get("/lopsided/plan", params={"model": CHAT, "num_ctx": 16384})
+        assert plan.status_code == 200
+        assert any(said in reason for reason in plan.json()["reasons"])
+
+
+def test_names_that_no_model_has_change_nothing_and_the_doctor_says_so(stage):
+    with stage(f'priority = ["nobody"]\nkeep_together = ["{CHAT}", "absent:1b"]') as it:
+        it.ask(CHAT, **CHAT_CTX)
+        assert it.cards(CHAT) == (0,)
+        found = CliRunner(env={"LOPSIDED_UPSTREAM": it.url, "LOPSIDED_HOST": "127.0.0.1:1"}).invoke(main, ["doctor", "--json"])
+        texts = [finding["text"] for finding in json.loads(found.stdout)["findings"] if finding["subject"] == "rules"]
+        strangers = [text for text in texts if "is no model that Ollama has" in text]
+        assert [text.split("'")[1] for text in strangers] == ["nobody", "absent:1b"]
+
+
+def test_a_wrong_rule_is_a_finding_of_the_doctor_and_refused_by_serve(stage):
+    with stage() as it:
+        it.file.write_text("[models.x]\noff = 7")
+        environment = {"LOPSIDED_UPSTREAM": it.url, "LOPSIDED_HOST": "127.0.0.1:1"}
+        found = CliRunner(env=environment).invoke(main, ["doctor", "--json"])
+        texts = [finding["text"] for finding in json.loads(found.stdout)["findings"] if finding["level"] == "fail"]
+        assert f"{it.file}:2: off = 7: true or false" in texts
+        refused = CliRunner(env=environment).invoke(main, ["serve"])
+        assert (refused.exit_code, f"{it.file}:2: off = 7" in refused.stderr) == (2, True)
+
+
 def test_a_rules_context_goes_into_every_request_that_sets_none(stage):
     with stage(f'[models."{OTHER}"]\ncontext = 6144') as it:
         assert it.ask(OTHER).endswith("; context 6144")
@@ -149,6 +245,38 @@ def test_fit_takes_the_largest_context_that_keeps_the_fast_card(stage):
         assert (it.count("load"), it.count("reload")) == (1, 0)
         plan = it.client.get("/lopsided/plan", params={"model": CHAT}).json()
         assert plan["request"]["num_ctx"] == fitted == plan["delivery"]["options"]["num_ctx"]
+
+
+def test_every_endpoint_gets_the_same_fitted_context_and_one_load(stage):
+    with stage(context="fit") as it:
+        chat = {"model": CHAT, "messages": [{"role": "user", "content": "x"}], "stream": False}
+        completion = {"model": CHAT, "prompt": "x", "max_tokens": 1}
+        for path, body in {
+            "/v1/chat/completions": {**chat, "max_tokens": 1},
+            "/api/generate": {"model": CHAT, "prompt": "x", "stream": False},
+            "/api/chat": chat,
+            "/api/embed": {"model": CHAT, "input": "x"},
+            "/api/embeddings": {"model": CHAT, "prompt": "x"},
+            "/v1/completions": completion,
+        }.items():
+            answer = it.client.post(path, json=body)
+            assert answer.status_code == 200 or "embeddings" in answer.text  # which a chat model has none of, but is loaded for
+            (loaded,) = it.simulator.scheduler.runners
+            assert answer.headers[HEADER].endswith(f"; context {loaded.load.settings.num_ctx}"), path
+        assert (it.count("load"), it.count("reload")) == (1, 0)
+
+
+def test_a_context_that_the_client_or_the_model_sets_stands(stage):
+    with stage(f'[models."*"]\ncontext = 6144\n[models."{OTHER}"]\ncontext = "fit"', context="fit") as it:
+        made = {"model": "mine", "from": OTHER, "parameters": {"num_ctx": 5120}, "stream": False}
+        it.client.post("/api/create", json=made).raise_for_status()
+        it.ask("mine")
+        assert "num_ctx" not in it.sent()
+        it.client.post("/v1/completions", json={"model": "mine", "prompt": "x", "max_tokens": 1}).raise_for_status()
+        assert next(r for r in it.simulator.scheduler.runners).load.settings.num_ctx == 5120
+        for num_ctx in (0, 2048):
+            it.ask(SMALL, num_ctx=num_ctx)
+            assert it.sent()["num_ctx"] == num_ctx
 
 
 def test_keep_never_touches_the_context(stage):
@@ -253,6 +381,17 @@ def test_launches_follow_the_rules(tmp_path, monkeypatch):
         assert machine.appended("all-minilm:22m", "--embedding", context=256)[:2] == ("--device", "CUDA1")
 
 
+def test_where_the_launcher_places_the_context_still_goes_out_with_the_request(tmp_path):
+    with make_machine(tmp_path, context="fit") as machine:
+        machine.launch("qwen2.5:32b", context=32768)
+        answer = machine.generate("phi4:14b")
+        context = machine.placed()["num_ctx"]
+        assert answer.headers[HEADER].endswith(f"; by the launcher; context {context}")
+        assert "main_gpu" not in machine.placed()
+        machine.generate("llama3.1:8b", num_ctx=2048)
+        assert machine.placed()["num_ctx"] == 2048
+
+
 def test_the_command_line_follows_the_rules_unless_told_not_to(stage, tmp_path):
     with stage(f'[models."{OTHER}"]\ngpu = "RTX 3090"') as it:
         environment = {"LOPSIDED_UPSTREAM": it.url}
@@ -276,4 +415,4 @@ def test_a_misspelled_variable_and_an_unknown_gpu_are_said_by_the_doctor(stage, 
         said = CliRunner(env=environment).invoke(main, ["doctor", "--json"])
         texts = [finding["text"] for finding in json.loads(said.stdout)["findings"]]
         assert "LOPSIDED_CONTXT is no setting, and has no effect; did you mean 'LOPSIDED_CONTEXT'?" in texts
-        assert f"{it.file} has rules for a GPU 'RTX 4090', which is not here" in texts
+        assert f"{it.file}: a rule names the GPU 'RTX 4090', which is not here: it counts as not said" in texts

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from planner.units import GIB
 from proxy.errors import SettingsError
-from proxy.rules import Rule, Rules, find_gpu, matches, parse_rules
+from proxy.room import said_by
+from proxy.rules import Rule, Rules, find_gpus, matches, parse_rules
 from proxy.tomlfile import line_of
 from tests.proxy.planners import gpu
 
@@ -37,6 +38,8 @@ def parse(text: str) -> Rules:
         ("hf.co/*", "hf.co/me/model:Q4_K_M", True),
         ("me/*", "me/model", True),
         ("model", "me/model", False),
+        ("registry.ollama.ai/library/qwen3*", "qwen3:8b", True),
+        ("library/qwen3", "QWEN3", True),
         ("qwen3", "registry.ollama.ai/library/qwen3:latest", True),
         ("phi[34]:*", "phi4:14b", True),
     ],
@@ -81,6 +84,7 @@ def test_priority_and_groups_are_by_name():
         ('\n[models.a]\ngppu = "x"', "lopsided.toml:3: there is no rule 'gppu'; did you mean 'gpu'?"),
         ('[models.a]\npriority = ["a"]', "lopsided.toml:2: there is no rule 'priority'; it stands at the top"),
         ("[models.a]\nzzz = 1", "lopsided.toml:2: there is no rule 'zzz'; there are gpu, reserve"),
+        ('[models.a.reserve]\nx = "' + "9" * 400 + 'GiB"', "lopsided.toml:2: x: '9999"),
         ("[models.a]\ngpu = 0", "lopsided.toml:2: gpu = 0: the UUID or the name"),
         ("[models.a]\n\n# x\nboost = 2.5", "lopsided.toml:4: boost = 2.5: "),
         ("[models.a]\nboost = true", "lopsided.toml:2: boost = True: "),
@@ -104,8 +108,9 @@ def test_a_wrong_rule_is_refused_with_its_line(text, message):
 
 def test_a_gpu_is_named_by_uuid_its_beginning_or_words_of_its_name():
     gpus = [gpu("NVIDIA GeForce RTX 3090 Ti", 24), gpu("NVIDIA GeForce RTX 3090", 24), gpu("NVIDIA GeForce RTX 5090", 32)]
-    assert [find_gpu(gpus, name) for name in ("RTX 3090", "rtx 3090 ti", "5090", "4090")] == [1, 0, 2, None]
-    assert find_gpu(gpus, gpus[2].uuid) == 2
+    assert [find_gpus(gpus, name) for name in ("RTX 3090", "rtx 3090 ti", "5090", "4090")] == [(1,), (0,), (2,), ()]
+    assert find_gpus(gpus, gpus[2].uuid) == (2,)
+    assert find_gpus([gpus[1], gpus[2], gpus[1]], "RTX 3090") == (0, 2)
 
 
 KEYS = st.from_regex(r"[a-z]{1,6}", fullmatch=True)
@@ -146,3 +151,12 @@ def test_the_examples_of_the_page_are_valid():
     examples = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     assert len(examples) == 2
     assert all(parse(example).models for example in examples)
+
+
+def test_the_pages_line_of_reasons_and_its_message_are_what_is_said():
+    page = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
+    rules = parse('reserve = { "RTX 5090" = "2GiB" }\n[models."qwen3*"]\ngpu = "RTX 3090"\nboost = 1.5')
+    assert f"```\n{said_by(rules.for_model('qwen3:8b'))}\n```" in page
+    with pytest.raises(SettingsError) as refused:
+        parse("\n" * 5 + '[models."qwen3*"]\ngppu = "RTX 3090"')
+    assert f"```\nError: {str(refused.value).partition('; there are')[0]}\n```" in page
