@@ -28,7 +28,8 @@ from proxy.endpoints import LoadRequest
 from proxy.errors import LopsidedError
 from proxy.inforce import InForce
 from proxy.measurements import Measurement, Measurements, Place
-from proxy.placement import Decision, Placements, Running
+from proxy.placement import Decision, Placements
+from proxy.running import Running
 from proxy.verify import misplaced
 
 SAVE_S = 5.0

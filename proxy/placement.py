@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from planner.hardware import Rig
 from planner.plan import Plan, Planner, make_plan
-from planner.request import Candidate, Era, PlanRequest
+from planner.request import Era, PlanRequest
 from proxy.catalog import Catalog, ModelFacts, full_name
 from proxy.endpoints import LoadRequest
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
@@ -34,9 +34,11 @@ from proxy.room import Held
 from proxy.ruledplans import OFF, Load, RuledPlans, in_context
 from proxy.rulefile import RuleFile
 from proxy.rules import Rule
+from proxy.running import Running, running
 from proxy.settings import Settings
 from proxy.statefile import StateFile
 from proxy.steady import due, said, same_runner, worth_reload
+from proxy.v1seen import SeenOnV1
 
 PLAN_S = 10.0
 """Longest wait for a plan: facts of a model on a cold disk take seconds, then the request goes as it is."""
@@ -47,11 +49,8 @@ LOOK_S = 1.0
 FAILURE_KEPT_S = 3600.0
 """Seconds for which a plan that ran out of memory is remembered: until then the model gets the more careful one at once."""
 
-V1_KEPT_S = 3600.0
-"""Seconds for which a model that was seen on ``/v1`` without its placement is left alone."""
-
 NAMES_KEPT = 1024
-"""Models remembered by name: facts in use, and names seen on ``/v1``."""
+"""Models whose facts are remembered by name, and lines of the log."""
 
 log = logging.getLogger("lopsided.placement")
 
@@ -74,16 +73,6 @@ class _Slot:
     users: int = 0
     seen_at: float = 0.0
     restarts: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Running:
-    """A loaded model as its plan has it."""
-
-    name: str
-    blob: str
-    plan: Plan
-    candidate: Candidate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,8 +118,7 @@ class Placements:
         self._facts: OrderedDict[str, ModelFacts] = OrderedDict()
         self._slots: dict[str, _Slot] = {}
         self._failures: dict[tuple[str, int | None], _Failure] = {}
-        self._v1_names: set[str] = set()  # not looked up yet
-        self._v1_blobs: dict[str, float] = {}  # and when they were seen last
+        self._on_v1 = SeenOnV1(catalog, clock)
         self._told: set[str] = set()
         self._reading: asyncio.Task[Rig] | None = None
         self._ledger = Ledger(StateFile(settings.state, file_name(settings.upstream)), self.in_force)
@@ -204,8 +192,7 @@ class Placements:
 
     def seen_on_v1(self, model: str) -> None:
         """A request that can't have its placement loads ``model``: it is left alone, or each change of client would reload it."""
-        if len(self._v1_names) < NAMES_KEPT:
-            self._v1_names.add(full_name(model))
+        self._on_v1.add(model)
 
     def store_changed(self) -> None:
         """Names may stand for other models now (pull, create, copy, delete)."""
@@ -226,16 +213,7 @@ class Placements:
 
     def running(self, placed: InForce) -> Running | None:
         """What runs of ``placed``, and where its plan says; ``None`` where that is not known."""
-        by_launcher = self._launches.placed(blob_name(placed.blob)) if placed.delivery.by_launcher else None
-        if by_launcher:
-            return Running(name=placed.model, blob=placed.blob, plan=by_launcher[0], candidate=by_launcher[1])
-        plan, options = placed.plan, placed.delivery.options
-        if plan is None or placed.delivery.by_launcher or "tensor_split" in options:
-            return None
-        if options and plan.request.era == "runner":  # num_gpu leaves the rest to Ollama
-            return None
-        candidate = plan.chosen_by_options if options else plan.stock
-        return Running(name=placed.model, blob=placed.blob, plan=plan, candidate=candidate)
+        return running(placed, self._launches)
 
     async def look(self, blob: str) -> tuple[Rig | None, int | None]:
         """The rig as it is now, ``None`` where nothing watches it, and what ``blob`` takes on all GPUs, ``None`` if not loaded.
@@ -279,7 +257,7 @@ class Placements:
         if wish is not None:
             without = MAIN_GPU if request.options.get("main_gpu") == 0 else frozenset()
             return Decision(delivery=stock(wish, without=without))
-        if not rule.off and not self._launches.places_all and (self._v1_names or self._v1_blobs) and await self._is_on_v1(blob):
+        if not rule.off and not self._launches.places_all and await self._on_v1.has(blob):
             if (slot := self._slots.get(blob)) is not None:
                 slot.current = None
             return Decision(delivery=stock("seen on /v1", without=MAIN_GPU))
@@ -306,7 +284,7 @@ class Placements:
         slot = self._slots.get(facts.blob or facts.digest) if facts else None
         if facts is None or slot is None or slot.current is None:
             return None
-        if self._v1_names and (certain or full_name(request.model) in self._v1_names):
+        if self._on_v1.unknown and (certain or self._on_v1.names(request.model)):
             return None
         num_ctx, rule = asked_context(request.options, facts, self._settings), self._plans.rule(request.model)
         if slot.current.num_ctx != num_ctx or (certain and not self._holds(slot, num_ctx, rule)):
@@ -467,18 +445,6 @@ class Placements:
         while len(self._facts) > NAMES_KEPT:
             self._facts.popitem(last=False)
         return facts
-
-    async def _is_on_v1(self, blob: str) -> bool:
-        for name in tuple(self._v1_names):
-            try:
-                facts = await self._catalog.facts(name)
-                self._v1_blobs[facts.blob or facts.digest] = self._clock()
-            except UpstreamError:  # nothing to hold against other models; asked for again next time
-                continue
-            except ModelError:
-                pass  # it names nothing that could be loaded
-            self._v1_names.discard(name)
-        return self._clock() - self._v1_blobs.get(blob, -V1_KEPT_S) < V1_KEPT_S
 
     async def _by_blob(self, loaded: tuple[Loaded, ...]) -> dict[str, Loaded]:
         """The loaded models by their blobs, whatever their names; those that can't be planned for are left out."""
