@@ -70,7 +70,7 @@ def memory(names: Sequence[str]) -> dict[str, dict[str, float]]:
     for what, work in MEMORY.items():
         with running([name for name in names if name not in SLOW or what not in OLLAMA_ALONE]) as contenders:
             for contender in contenders[1:]:
-                found[contender.name].setdefault("idle", contender.rss_bytes() / 2**20)
+                found[contender.name].setdefault("idle", contender.memory_bytes() / 2**20)
                 found[contender.name][what] = uvloop.run(peak_mib(contender, work))
         print(f"  memory: {what}", file=sys.stderr, flush=True)
     return found

@@ -56,17 +56,10 @@ class Contender:
             return 0.0
         return time.clock_gettime((~self.pid << 3) | 2)  # the process's clock, as clock_getcpuclockid(3) makes it
 
-    def rss_bytes(self, *, peak: bool = False) -> int:
-        """Resident memory, or the most of it since :meth:`forget_peak`."""
-        if self.pid is None:
-            return 0
-        name = "VmHWM" if peak else "VmRSS"
-        match = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
+    def memory_bytes(self) -> int:
+        """Resident memory of its own, without pages of files, which the system drops as it likes."""
+        match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
         return int(match[1]) * 1024 if match else 0
-
-    def forget_peak(self) -> None:
-        if self.pid is not None:
-            Path(f"/proc/{self.pid}/clear_refs").write_text("5")
 
 
 def facts() -> dict[str, object]:

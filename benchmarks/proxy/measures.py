@@ -21,6 +21,8 @@ SWEEP = (1, 8, 32, 128, 256)
 IMAGE_BYTES = 10 * 2**20
 UPLOAD_BYTES = 10 * 10**9
 IDLE_CONNECTIONS = 1000
+SAMPLE_S = 0.01
+"""Between two looks at a contender's memory."""
 SLOW = {"litellm": 20}
 """By how much the work of a round is cut for one that would take minutes."""
 
@@ -121,10 +123,13 @@ def sweep_of(count: int) -> Sequence[Measure]:
 async def peak_mib(contender: Contender, work: Callable[[Contender], Coroutine[Any, Any, object]]) -> float:
     """Resident memory at most while ``work`` is done, beside what was there before."""
     await asyncio.sleep(0.5)
-    contender.forget_peak()
-    before = contender.rss_bytes()
-    await work(contender)
-    return (contender.rss_bytes(peak=True) - before) / 2**20
+    before = peak = contender.memory_bytes()
+    working = asyncio.create_task(work(contender))
+    while not working.done():
+        await asyncio.wait([working], timeout=SAMPLE_S)
+        peak = max(peak, contender.memory_bytes())
+    await working
+    return (peak - before) / 2**20
 
 
 async def many_streams(contender: Contender) -> None:
