@@ -100,12 +100,12 @@ def ruled(request: PlanRequest, rig: Rig, rule: Rule, facts: ModelFacts) -> Plan
 
 
 def said_by(rule: Rule) -> str | None:
-    """What ``rule`` says and which sections of the file say it, in words; ``None`` where it says nothing."""
-    values = {"gpu": rule.gpu, "boost": rule.boost, "context": rule.context, "off": rule.off}
-    said = [f"{name} = {value}" for name, value in values.items() if value is not None]
-    said += [f"reserve {name} = {size_bytes / GIB:.1f} GiB" for name, size_bytes in rule.reserve]
-    where = ", ".join(f'[models."{pattern}"]' for pattern in rule.patterns) or "for all models"
-    return f"lopsided.toml, {where}: {', '.join(said)}" if said else None
+    """What ``rule`` says, each with the section of the file that says it, in words; ``None`` where it says nothing."""
+    by, said = dict(rule.by), []
+    for key, value in rule.values().items():
+        text = f"{value / GIB:.1f} GiB" if key.startswith("reserve ") else value
+        said.append(f"{key} = {text}" + (f' ([models."{by[key]}"])' if key in by else ""))
+    return f"lopsided.toml: {', '.join(said)}" if said else None
 
 
 def doubts(rules: Iterable[Rule], rig: Rig) -> Iterator[str]:

@@ -38,7 +38,7 @@ MAX_TOGETHER = 8
 class Rule:
     """What holds for one model. ``None``: nothing is said. ``boost`` is a factor, or ``auto`` for the search.
 
-    ``patterns``: of the sections that say anything, in their order; no part of what holds.
+    ``by``: the pattern of the section that says it, by key (``reserve GPU`` for each GPU); no part of what holds.
     """
 
     gpu: str | None = None
@@ -46,7 +46,13 @@ class Rule:
     boost: float | Literal["auto"] | None = None
     context: Context | None = None
     off: bool | None = None
-    patterns: tuple[str, ...] = field(default=(), compare=False)
+    by: tuple[tuple[str, str], ...] = field(default=(), compare=False)
+
+    def values(self) -> dict[str, Any]:
+        """What is said, by key: ``reserve GPU`` for each GPU, in bytes."""
+        alone = {"gpu": self.gpu, "boost": self.boost, "context": self.context, "off": self.off}
+        said = {key: value for key, value in alone.items() if value is not None}
+        return said | {f"reserve {gpu}": size_bytes for gpu, size_bytes in self.reserve}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +71,7 @@ class Rules:
             if matches(pattern, model):
                 said: dict[str, Any] = {one.name: getattr(rule, one.name) for one in fields(rule)}
                 said["reserve"] = tuple({**dict(found.reserve), **dict(rule.reserve)}.items())
-                said["patterns"] = (*found.patterns, pattern)
+                said["by"] = tuple({**dict(found.by), **dict.fromkeys(rule.values(), pattern)}.items())
                 found = replace(found, **{name: value for name, value in said.items() if value is not None})
         return found
 

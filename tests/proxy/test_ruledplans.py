@@ -94,7 +94,7 @@ def test_a_model_that_its_rules_gpu_does_not_hold_is_searched_for(stage):
     with stage(f'[models."{CHAT}"]\ngpu = "RTX 3090"') as it:
         assert it.ask(CHAT, num_ctx=32768).startswith("solo CUDA0")
         reasons = it.client.get("/lopsided/plan", params={"model": CHAT, "num_ctx": 32768}).json()["reasons"]
-        assert reasons[0] == f'lopsided.toml, [models."{CHAT}"]: gpu = RTX 3090'
+        assert reasons[0] == f'lopsided.toml: gpu = RTX 3090 ([models."{CHAT}"])'
         assert reasons[1].startswith("does not fit alone on")
 
 

@@ -155,7 +155,7 @@ def test_the_examples_of_the_page_are_valid():
 
 def test_the_pages_line_of_reasons_and_its_message_are_what_is_said():
     page = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
-    rules = parse('reserve = { "RTX 5090" = "2GiB" }\n[models."qwen3*"]\ngpu = "RTX 3090"\nboost = 1.5')
+    rules = parse('reserve = { "RTX 5090" = "2GiB" }\n[models."*"]\ncontext = "fit"\n[models."qwen3*"]\ngpu = "RTX 3090"')
     assert f"```\n{said_by(rules.for_model('qwen3:8b'))}\n```" in page
     with pytest.raises(SettingsError) as refused:
         parse("\n" * 5 + '[models."qwen3*"]\ngppu = "RTX 3090"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from proxy.address import Address, parse_address
 from proxy.errors import SettingsError
+from proxy.gpus.static import StaticSource
 from proxy.settings import Settings, load_settings
 
 
@@ -151,6 +153,15 @@ def test_the_file_is_read_and_the_environment_wins(monkeypatch, tmp_path):
     settings = load_settings()
     assert (settings.boost, settings.upstream.host, settings.sched_spread) == (1.5, "two", True)
     assert settings.device_order == ("a", "b")
+
+
+def test_the_examples_of_the_page_are_valid(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    settings, profile = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "lopsided.toml").write_text(settings)
+    assert load_settings().boost == 1.75
+    (tmp_path / "gpus.toml").write_text(profile)
+    assert [gpu.name for gpu in StaticSource.from_file(tmp_path / "gpus.toml").rig().gpus][1] == "A card of my own"
 
 
 def test_another_file_can_be_named(monkeypatch, tmp_path):
