@@ -35,7 +35,10 @@ def pad(n: int, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCache:
-    """What one layer keeps: a row of keys and of values for each cell, and a state for each sequence, in elements."""
+    """What one layer keeps: a row of keys and of values for each cell, and a state for each sequence, in elements.
+
+    ``borrows_cache``: it attends over the cells of a layer before it, and keeps none.
+    """
 
     windowed: bool
     key_elements: int
@@ -44,6 +47,7 @@ class LayerCache:
     state_elements: int
     attends: bool
     owns_cache: bool
+    borrows_cache: bool
 
 
 def sequence_ctx(settings: LoadSettings) -> int:
@@ -146,6 +150,7 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
             state_elements=state if recurrent and computed else 0,
             attends=attends and computed,
             owns_cache=attends and owner and (computed or family.nextn_cached) and has_cache,
+            borrows_cache=attends and computed and not owner and has_cache,
         )
 
     rows: list[LayerCache] = []

@@ -19,10 +19,6 @@ from planner.tape import Program, Size, size_at
 PIPELINE_COPIES = 4
 """Copies of each input of a device with pipeline parallelism (``GGML_SCHED_MAX_COPIES`` in ``ggml/src/ggml-backend.cpp``)."""
 
-UNFOLLOWED_BYTES = 32 * 2**20
-"""Added where Gemma 3n's layers lie in RAM: the order of their small copies is not followed to the last one (the largest
-shortfall in tests/data/memory was 74 MiB)."""
-
 Moment = tuple[State, tuple[tuple[int, int], ...]]
 """A buffer between two programs: its holes, and the offset of each living tensor by name."""
 
@@ -34,7 +30,6 @@ class ComputeModel:
         scale = scale_of(profile, settings, falls=falls)
         self._cells = cells_of(profile, settings, scale)
         self._schedules = schedules_of(profile, scale)
-        self._altup = profile.integer("altup.num_inputs") > 1
         self._steps: dict[Program, tuple[Step, ...]] = {}
         self._transitions: dict[tuple[Program, Moment], tuple[Moment, int]] = {}
         self._known: dict[Schedule, int] = {}
@@ -45,7 +40,7 @@ class ComputeModel:
         found = self._known.get(schedule)
         if found is None:
             found = self._known[schedule] = self._replay(schedule)
-        return found + (UNFOLLOWED_BYTES if part.visitors and self._altup else 0)
+        return found
 
     def host_bytes(self, *, visitors: range, copies: int) -> int:
         """Bytes of the host's compute buffer: the inputs, and what layers in RAM hand over for their caches."""
@@ -58,7 +53,7 @@ class ComputeModel:
             handed = max((handed, *(result for result, _ in attended)))
         else:
             handed = max((handed, *(result + copied for result, copied in attended)))
-        return schedules.embedding_bytes + inputs * copies + max(schedules.arriving_bytes, handed)
+        return schedules.image_bytes + inputs * copies + max(schedules.arriving_bytes, handed)
 
     def _size(self, size: Size) -> int:
         return size_at(size, *self._cells)

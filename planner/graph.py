@@ -13,6 +13,8 @@ from typing import Literal
 from planner.cache import LayerCache, is_recurrent, window_tokens
 from planner.families import family_of
 from planner.inputs import (
+    DEEPSTACK,
+    EMBEDDING,
     F16,
     F32,
     I32,
@@ -22,6 +24,7 @@ from planner.inputs import (
     NORMED,
     OUTPUT_ROWS,
     PER_LAYER,
+    PERMUTED,
     POSITIONS,
     RESIDUAL,
     STATE_ROWS,
@@ -31,6 +34,7 @@ from planner.inputs import (
     Scale,
     attention_features,
     convolution_state_elements,
+    deepstack_layers,
     rotates,
     rotation_bytes,
 )
@@ -49,6 +53,8 @@ class LayerGraph:
     * ``pipelined``: the device keeps copies of all that comes from elsewhere.
     * ``experts``: ``away``: they lie in RAM and the first device computes them; ``only``: this is that device's share of it,
       with a second weight on its way.
+    * ``borrowed``: names of the copies of another layer's keys and values, where its cache lies elsewhere.
+    * ``per_layer``: the name of what holds its per-layer embeddings.
     * ``brings``: sizes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
     """
 
@@ -68,6 +74,8 @@ class LayerGraph:
         fetches_states: bool = False,
         pipelined: bool = False,
         experts: Literal["here", "away", "only"] = "here",
+        borrowed: tuple[int, ...] = (),
+        per_layer: int = PER_LAYER,
     ) -> None:
         self.tape = Tape()
         self._profile = profile
@@ -90,6 +98,8 @@ class LayerGraph:
         self._fetches_states = fetches_states
         self._own_states: tuple[int, ...] = ()
         self._pipelined = pipelined
+        self._borrowed = borrowed
+        self._per_layer = per_layer
         self._projects_late = profile.architecture in PROJECTS_LATE
         self._experts_away = experts == "away"
         if experts == "only":
@@ -139,7 +149,7 @@ class LayerGraph:
         late = self._has("attn_q_norm") and POSITIONS in needed
         if not biased and not late:
             self._bring_all(needed)
-        if name in ("ffn_down", "ffn_down_shexp"):
+        if name in ("ffn_down", "ffn_down_shexp") and not self._has("post_ffw_norm"):
             self._bring_the_rest()
         result = self._op(self._out(name), *weight, x)
         if biased and not late:
@@ -292,10 +302,12 @@ class LayerGraph:
             result = self.tape.given(size) if self._pipelined else self.tape.op(size)
             return result if latent or self._projects_late else self._rotated(result, out_features, self._value_rotation)
         copies: tuple[int, ...] = ()
-        if self._offloaded and cache.owns_cache:
+        if self._offloaded and (cache.owns_cache or cache.borrows_cache):
             row = scale.keys.row_bytes(cache.key_elements)
             # with latent attention values are a view of keys, yet copied as well
             copies = (self._cells(row), self._cells(row if latent else scale.values.row_bytes(value_features)))
+        else:
+            copies = tuple(self.brought.get(name, name) for name in self._borrowed)
         mask = self._bring(self._mask)
         if scale.fused:
             extra = 0
@@ -484,9 +496,11 @@ class LayerGraph:
         if self._has(gate_name):
             gate = self._project(gate_name, x)
             up = self._project(up_name, x)
-            if self._profile.integer("altup.num_inputs") and self._sparse():
-                shifted = self._in_place(self._op(inner, gate))
-                hidden = self._in_place(self._in_place(shifted, gate), up)
+            if self._profile.integer("altup.num_inputs"):
+                if self._sparse():
+                    deviation = self._in_place(self._op(inner, gate, self._op(1, gate)))
+                    gate = self._in_place(gate, self._op(1, deviation))
+                hidden = self._in_place(up, self._in_place(gate))
             else:
                 hidden = self._op(inner, gate, up)
         else:
@@ -568,8 +582,9 @@ class LayerGraph:
 
     def _layer(self, *, last: bool, normed: bool) -> int:
         if self._profile.integer("altup.num_inputs"):
-            return self._alternating_layer()
-        x = RESIDUAL
+            return self._alternating_layer(normed=normed)
+        stacked = self._index < deepstack_layers(self._profile)
+        x = DEEPSTACK if stacked and self._index == 0 else RESIDUAL
         self._own_states = self._first_states()
         late = self._profile.architecture in LATE_OUTPUTS
         crop = last and not late
@@ -623,13 +638,30 @@ class LayerGraph:
             out = self._ffn(self._op(self._width, x) if pre else x)
         if self._has("post_ffw_norm"):
             out = self._norm(out)
+            if not self._has("inp_gate", "layer_output_scale"):
+                self._bring_the_rest()
         result = self._add(x, out) if self._profile.architecture in RESIDUAL_FIRST else self._add(out, x)
         if self._has("layer_output_norm"):
             result = self._norm(result)
         if self._has("inp_gate"):  # Gemma 4's per-layer embeddings
-            gate = self._in_place(self._project("inp_gate", result), PER_LAYER)
-            result = self._add(result, self._norm(self._project("proj", gate)))
-        return result
+            gate = self._project("inp_gate", result)
+            gate = self._in_place(gate, self._per_layer_embeddings(RESIDUAL))
+            added = self._norm(self._project("proj", gate))
+            if not self._has("layer_output_scale"):
+                self._bring_the_rest()
+            result = self._add(result, added)
+        return self._in_place(result, DEEPSTACK) if stacked else result
+
+    def _per_layer_embeddings(self, embedding: int) -> int:
+        """What each layer adds of its own: projected where the first layer asks (``project_per_layer_inputs``)."""
+        if self._index:
+            return self._per_layer
+        features = self._profile.integer("embedding_length_per_layer_input") * self._profile.n_layers
+        weight = self._profile.model_tensors["per_layer_model_proj.weight"]
+        copied = (self.tape.op(weight.bytes),) if self._offloaded else ()
+        normed = self._op(features, self._op(features, *copied, embedding))
+        self.brought[PER_LAYER] = self._op(features, self._in_place(normed, PER_LAYER))
+        return self.brought[PER_LAYER]
 
     def _late_projection(self, attended: int) -> int:
         features = self._weights["attn_output.weight"].shape[0]
@@ -648,29 +680,26 @@ class LayerGraph:
             return self._op(self._width, self._op(self._profile.integer("feed_forward_length"), x))
         return self._feed_forward(x)
 
-    def _alternating_layer(self) -> int:
+    def _alternating_layer(self, *, normed: bool) -> int:
         """Gemma 3n: several residual streams, predicted and corrected (``src/models/gemma3n.cpp``)."""
         streams = self._profile.integer("altup.num_inputs")
-        width, wide = self._width, self._width * self._profile.integer("altup.num_inputs")
-        permuted = self._op(wide, RESIDUAL)
-        router = self._op(width, RESIDUAL)
-        coefficients = self._op(streams * streams, router)
-        mixed = self._op(wide, permuted, coefficients)
-        predictions = self._op(wide, mixed)
+        width, wide = self._width, self._width * streams
+        permuted, router = (PERMUTED, NORMED) if normed else (self._op(wide, RESIDUAL), self._op(width, RESIDUAL))
+        coefficients = self._op(streams * streams, self._op(streams, router))
+        predictions = self._op(wide, self._op(wide, permuted, coefficients))
         predictions = self._in_place(predictions, RESIDUAL)
-        normed = self._op(width, predictions)
-        attended = self._norm(self._attention(normed))
-        attended = self._in_place(attended, predictions)
-        laurel = self._project("laurel_r", self._project("laurel_l", normed))
-        laurel = self._add(self._norm(laurel), normed)
-        attended = self._add(attended, laurel)
-        out = self._norm(self._feed_forward(self._op(width, attended)))
-        gated = self._add(out, attended)
-        innovation = self._op(wide, self._op(width, gated, predictions))
-        corrected = self._in_place(self._in_place(innovation, gated), predictions)
-        first = self._op(width, corrected)
-        first = self._in_place(self._project("inp_gate", first), PER_LAYER)
-        first = self._norm(self._project("proj", first))
+        x = self._op(width, predictions)
+        attended = self._in_place(self._norm(self._attention(x)), predictions)
+        laurel = self._norm(self._project("laurel_r", self._project("laurel_l", x)))
+        attended = self._in_place(attended, self._in_place(laurel, x))
+        out = self._in_place(self._norm(self._feed_forward(self._op(width, attended))), attended)
+        innovation = self._op(wide, self._op(width, out, predictions))
+        coefficients = self._op(streams, self._op(streams, self._op(streams, self._in_place(out))))
+        corrected = self._in_place(self._in_place(innovation, coefficients), predictions)
+        gate = self._in_place(self._project("inp_gate", self._op(width, corrected)))
+        gate = self._in_place(gate, self._per_layer_embeddings(EMBEDDING))
+        first = self._norm(self._project("proj", gate))
+        self._bring_the_rest()
         rest = self._op(width * (streams - 1), corrected, first)
         return self._op(wide, corrected, rest)
 

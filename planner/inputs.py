@@ -28,6 +28,14 @@ tokens' positions; the attention mask; the cells that are written; matrices that
 output; the convolution states of the next Mamba layer, fetched early. All but the first three and the mask are small, but lie
 where larger holes could join."""
 
+EMBEDDING, PERMUTED, DEEPSTACK = -12, -13, -14
+"""Gemma 3n's embedding before it becomes several streams, and those streams with their dimensions in another order; Qwen3-VL's
+embedding with room for what images add to the first layers (``build_inp_embd``)."""
+
+BORROWED, SLICES = -64, -4096
+"""From here down: copies of keys and values that a layer reads from another's cache, two names a layer (``borrowed_names``), and
+its part of the per-layer embeddings, one name a layer (``slice_name``)."""
+
 WINDOW = 20
 """Layers with a window have a cache, a mask and matrices of their own: their names are lower by this."""
 
@@ -194,6 +202,21 @@ def embedding_bytes(profile: ModelProfile, scale: Scale) -> int:
     return align(profile.embedding_length * scale.tokens * F32)
 
 
+def borrowed_names(index: int) -> tuple[int, int]:
+    """Names of the copies of keys and values that layer ``index`` reads from another layer's cache."""
+    return BORROWED - 2 * index, BORROWED - 2 * index - 1
+
+
+def slice_name(index: int) -> int:
+    """Name of the part of the per-layer embeddings that layer ``index`` gets on another device than the first."""
+    return SLICES - index
+
+
+def deepstack_layers(profile: ModelProfile) -> int:
+    """The first layers to whose result an image adds more of itself (``n_deepstack_layers``, Qwen3-VL)."""
+    return profile.integer("n_deepstack_layers") if profile.architecture in ("qwen3vl", "qwen3vlmoe") else 0
+
+
 def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
     """Bytes of each input on a device, by name; 0 where a model has no such input."""
     mask_element = F16 if scale.fused else F32
@@ -210,6 +233,9 @@ def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
         OUTPUT_ROWS: scale.outputs * I32,
         STATE_ROWS: scale.sequences * I32,
         STATES: convolution_state_elements(profile) * scale.sequences * F32,
+        EMBEDDING: embedding,
+        PERMUTED: embedding * max(profile.integer("altup.num_inputs"), 1),
+        DEEPSTACK: embedding * (1 + deepstack) if (deepstack := deepstack_layers(profile)) else 0,
     }
     for offset in (0, WINDOW):
         fixed[INDICES - offset] = indices * tokens * I64
@@ -218,4 +244,11 @@ def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
     sizes: dict[int, Size] = {name: (align(size), STEADY) for name, size in fixed.items()}
     sizes[MASK] = (0, (tokens * mask_element, 0))
     sizes[MASK - WINDOW] = (0, (0, tokens * mask_element))
+    for i, cache in enumerate(layer_caches(profile)):
+        if per_layer:
+            sizes[slice_name(i)] = align(per_layer // profile.n_layers * tokens * F32), STEADY
+        if cache.borrows_cache:
+            rows = scale.keys.row_bytes(cache.key_elements), scale.values.row_bytes(cache.value_elements)
+            for name, row in zip(borrowed_names(i), rows, strict=True):
+                sizes[name] = (0, (0, row * scale.sequences) if cache.windowed else (row * scale.sequences, 0))
     return sizes

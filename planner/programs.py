@@ -8,7 +8,21 @@ from __future__ import annotations
 from planner.cache import layer_caches
 from planner.families import family_of
 from planner.graph import LATE_OUTPUTS, SPARSE_GEMMA3N_LAYERS, LayerGraph
-from planner.inputs import F32, MASK, NORMED, OUTPUT_ROWS, PER_LAYER, RESIDUAL, WINDOW, Scale, embedding_bytes, input_sizes
+from planner.inputs import (
+    DEEPSTACK,
+    EMBEDDING,
+    F32,
+    MASK,
+    NORMED,
+    OUTPUT_ROWS,
+    PER_LAYER,
+    RESIDUAL,
+    WINDOW,
+    Scale,
+    deepstack_layers,
+    embedding_bytes,
+    input_sizes,
+)
 from planner.profile import ModelProfile
 from planner.tape import STEADY, Program, Tape
 
@@ -30,7 +44,8 @@ class Programs:
     @property
     def has_prelude(self) -> bool:
         """Whether anything happens to the embedding before the first layer."""
-        return scales_embedding(self._profile) or adds_positions(self._profile) or self._has_per_layer
+        profile = self._profile
+        return scales_embedding(profile) or adds_positions(profile) or self._has_per_layer or deepstack_layers(profile) > 0
 
     def prelude(self, pinned: bool) -> Program:
         """What happens to the embedding before the first layer."""
@@ -46,21 +61,27 @@ class Programs:
         elif adds_positions(self._profile):
             result = tape.op(narrow, RESIDUAL, NORMED, into=(RESIDUAL, NORMED))
         if self._has_per_layer:
-            size, _ = self._sizes[PER_LAYER]
-            rows = tape.op(size)
-            projected = tape.op(size, result)
-            normed = tape.op(size, projected)
-            exports[PER_LAYER] = tape.op(size, tape.op(size, normed, rows, into=(normed,)))
+            exports[PER_LAYER] = tape.op(self._sizes[PER_LAYER][0], PER_LAYER, into=(PER_LAYER,))
             if self._profile.integer("altup.num_inputs"):
-                wide, _ = self._sizes[RESIDUAL]
-                rest = tape.op(wide - narrow, result)
-                result = tape.op(wide, result, rest)
+                exports[EMBEDDING] = result
+                result = self._streams(tape, result)
+        if deepstack_layers(self._profile):
+            exports[DEEPSTACK] = tape.op(self._sizes[DEEPSTACK][0], result)
         if result != RESIDUAL:
             exports[RESIDUAL] = result
         sizes = {**self._sizes, RESIDUAL: (narrow, STEADY)}
-        kept = frozenset({RESIDUAL, NORMED} if pinned else ()) if exports else {RESIDUAL}
+        kept = frozenset({RESIDUAL, NORMED, PER_LAYER} if pinned else ()) if exports else {RESIDUAL}
         found = self._made[key] = tape.compile(exports, sizes=sizes, kept=kept)
         return found
+
+    def _streams(self, tape: Tape, embedding: int) -> int:
+        """Gemma 3n's residual streams (``altup_proj``): the embedding, and others made of it."""
+        wide, narrow = self._sizes[RESIDUAL][0], self._embedding_bytes
+        projected = tape.op(wide - narrow, tape.op(wide - narrow, embedding))
+        magnitude = tape.op(self._scale.tokens * F32, tape.op(narrow, embedding))
+        scaled = tape.op(wide - narrow, projected, magnitude)
+        scaled = tape.in_place(scaled, tape.op(self._scale.tokens * F32, tape.in_place(projected)))
+        return tape.op(wide, embedding, scaled)
 
     def layer(
         self,
@@ -74,12 +95,14 @@ class Programs:
         has_states: bool,
         fetches_states: bool,
         pipelined: bool,
+        borrowed: tuple[int, ...],
+        per_layer: int,
         kept: frozenset[int],
     ) -> Program:
         """A layer; ``kept`` are the inputs that are still read after it, the rest is as in ``LayerGraph``."""
         last = i == self._n - 1
         where = (offloaded, host_experts, experts_away, normed, pipelined)
-        key = (self._kinds[i], last, where, brings, has_states, fetches_states, kept)
+        key = (self._kinds[i], last, where, brings, has_states, fetches_states, borrowed, per_layer, kept)
         found = self._made.get(key)
         if found is None:
             graph = LayerGraph(
@@ -96,6 +119,8 @@ class Programs:
                 has_states=has_states,
                 fetches_states=fetches_states,
                 pipelined=pipelined,
+                borrowed=borrowed,
+                per_layer=per_layer,
             )
             exports = {RESIDUAL: graph.result, **graph.brought}
             found = self._made[key] = graph.tape.compile(exports, sizes=self._sizes, kept=kept)
@@ -132,14 +157,16 @@ class Programs:
         tokens = scale.tokens if late or encoder else scale.outputs
         width = profile.embedding_length
         shifted = "output_norm.bias" in profile.model_tensors  # a LayerNorm, which never works in place
-        x = tape.op(width * tokens * F32, RESIDUAL, into=() if shifted else (RESIDUAL,))
+        altup = bool(profile.integer("altup.num_inputs"))
+        x = self._merged(tape) if altup else tape.op(width * tokens * F32, RESIDUAL, into=() if shifted else (RESIDUAL,))
         exports = {}
         if encoder:
             mean = tape.op(scale.tokens * scale.tokens * F32)
             exports[NORMED] = tape.op(width * F32, x, tape.op(width * tokens * F32, x), mean)
         else:
             if late:
-                exports[NORMED] = x
+                if not altup:
+                    exports[NORMED] = x
                 x = tape.op(width * scale.outputs * F32, x, OUTPUT_ROWS)
             exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
         found = self._made[key] = tape.compile(
@@ -148,16 +175,27 @@ class Programs:
         return found
 
 
+    def _merged(self, tape: Tape) -> int:
+        """Gemma 3n's residual streams as one again (``altup_unembd_proj``)."""
+        wide, narrow, small = self._sizes[RESIDUAL][0], self._embedding_bytes, self._scale.tokens * F32
+        projected = tape.op(wide - narrow, RESIDUAL)
+        scaled = tape.op(wide - narrow, projected, tape.op(small, tape.op(narrow, RESIDUAL)))
+        scaled = tape.in_place(scaled, tape.op(small, tape.in_place(projected)))
+        return tape.in_place(tape.op(narrow, RESIDUAL, scaled), scaled)
+
+
 def layer_kinds(profile: ModelProfile) -> tuple[int, ...]:
     """For each computed layer the first of its kind: one with equal tensors, an equal cache and an equal place in the model."""
     found: tuple[int, ...] | None = profile.memo.get("layer_kinds")
     if found is None:
         first: dict[object, int] = {}
         heads = profile.per_layer("attention.head_count")
-        sparse = profile.architecture == "gemma3n"
+        sparse = SPARSE_GEMMA3N_LAYERS if profile.architecture == "gemma3n" else 0
+        stacked = deepstack_layers(profile)
+        first_differs = bool(stacked or profile.integer("embedding_length_per_layer_input"))
         kinds = zip(profile.tensor_kinds, layer_caches(profile), heads, strict=True)
         found = profile.memo["layer_kinds"] = tuple(
-            first.setdefault((tensors, id(cache), head_count, sparse and i < SPARSE_GEMMA3N_LAYERS), i)
+            first.setdefault((tensors, id(cache), head_count, i < sparse, i < stacked, first_differs and i == 0), i)
             for i, (tensors, cache, head_count) in enumerate(kinds)
             if i < profile.n_computed_layers
         )

@@ -7,6 +7,7 @@ kind share one program.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -20,6 +21,8 @@ from planner.graph import (
     next_early,
 )
 from planner.inputs import (
+    DEEPSTACK,
+    EMBEDDING,
     F32,
     INDICES,
     KEY_ROTATION,
@@ -27,6 +30,7 @@ from planner.inputs import (
     NORMED,
     OUTPUT_ROWS,
     PER_LAYER,
+    PERMUTED,
     POSITIONS,
     RESIDUAL,
     STATE_ROWS,
@@ -34,9 +38,12 @@ from planner.inputs import (
     WINDOW,
     Scale,
     attention_features,
+    borrowed_names,
+    deepstack_layers,
     embedding_bytes,
     input_sizes,
     rotates,
+    slice_name,
 )
 from planner.profile import ModelProfile
 from planner.programs import Programs, adds_positions, layer_kinds
@@ -99,7 +106,10 @@ class Schedules:
         self._kinds = layer_kinds(profile)
         self.sizes = input_sizes(profile, scale)
         self.embedding_bytes = embedding_bytes(profile, scale)
+        self.image_bytes = self.embedding_bytes * (1 + deepstack_layers(profile))
+        """Bytes of the input that takes an image's embeddings instead of tokens."""
         self._altup = profile.integer("altup.num_inputs") > 1
+        self._lends = any(cache.borrows_cache for cache in self._caches)
         self._owners = [i for i in range(self._n) if self._caches[i].owns_cache]
         tensors = profile.layer_tensors
         early = {i for i, kind in enumerate(self._kinds) if fetches_early(tensors[kind])}
@@ -112,7 +122,7 @@ class Schedules:
         self._read_by: dict[tuple[int, bool, bool], tuple[int, ...]] = {}
         last = {self._kinds[self._n - 1]: self._n - 1}
         reads = [self._inputs_of(i, visiting=False, on_host=True) for i in {*self._kinds, *last.values()}]
-        self.host_inputs = frozenset(name for names in reads for name in names) - {PER_LAYER}
+        self.host_inputs = frozenset(name for names in reads for name in names) - {PER_LAYER, DEEPSTACK}
         """Names of the inputs that the host fills in."""
 
     def of(self, part: DevicePart) -> Schedule:
@@ -159,51 +169,71 @@ class Schedules:
             return part
         kinds = self._kinds[part.layers.start : part.layers.stop]
         ends = part.layers.stop >= self._n
-        unnamed = (*self._hoisted(part), None, *self._borrowed(part))
+        unnamed = (*self._hoisted(part), *self._borrowed(part))
         return kinds, ends, unnamed, part.first, part.normed, part.sends_norm, part.output, part.copies
 
     def _schedule(self, part: DevicePart) -> Schedule:
         own = range(part.layers.start, min(part.layers.stop, self._n))
-        normed = part.normed and self._begins_normed(part.layers.start)
+        fed = self._altup and part.first and not part.output  # Gemma 3n's streams are made where the output layer lies
+        normed = (part.normed and self._begins_normed(part.layers.start)) or fed
         late_output = part.output and self._profile.architecture in LATE_OUTPUTS
-        arrival = [RESIDUAL] if part.first or not normed else [NORMED]
+        arrival = [PER_LAYER] if self._has(PER_LAYER) and part.first else []
+        arrival += [RESIDUAL] if not normed else [NORMED]
+        arrival += [PERMUTED, RESIDUAL] if normed and self._altup else []
+        arrival += [EMBEDDING] if fed else []
         arrival += [NORMED] if part.first and adds_positions(self._profile) else []
-        arrival += [PER_LAYER] if self._has(PER_LAYER) and not part.first and not self._altup else []
         inputs: list[int] = []
+        borrowed = {} if part.copies > 1 else self._borrowed(part)
         if not part.visitors:
-            inputs += [name for i in own for name in self._reads(i, visiting=False) if name != PER_LAYER]
+            for i in own:
+                inputs += self._copied_to(i, borrowed.get(i, ()))
+                inputs += [slice_name(i)] if self._has(PER_LAYER) and not part.first and part.copies == 1 else []
             inputs += [OUTPUT_ROWS] if late_output else []
-        names = dict.fromkeys((*arrival, *inputs, *(() if RESIDUAL in arrival else (RESIDUAL,))))
+        if normed and own and not part.visitors:  # the residual itself is first read where the first layer adds to it
+            arrival += self._copied_to(own.start, borrowed.get(own.start, ()))
+        names = dict.fromkeys((*arrival, RESIDUAL, *inputs))
         narrow: Size = (self.embedding_bytes, STEADY)
-        programs = [self._programs.prelude(part.copies > 1)] if part.first else []
-        programs += self._layers(part, own, normed=normed, late_output=late_output)
+        prelude = part.first and not fed
+        programs = [self._programs.prelude(part.copies > 1)] if prelude else []
+        programs += self._layers(part, own, normed=normed, fed=fed, late_output=late_output, borrowed=borrowed)
         programs += [self._programs.foreign(i) for i in part.foreign_experts]
         programs += [self._programs.next_norm()] if part.sends_norm and self._begins_normed(part.layers.stop) else []
         programs += [self._programs.output(pinned=part.copies > 1 and not own)] if part.output else []
         return Schedule(
-            unnamed=(*self._hoisted(part), *self._streams(part), *self._borrowed(part), *self._answers(part)),
-            inputs=tuple((name, narrow if name == RESIDUAL and part.first else self.sizes[name]) for name in names),
+            unnamed=(
+                *self._hoisted(part),
+                *self._slices(part),
+                *self._streams(part),
+                *self._pinned_copies(part),
+                *self._answers(part),
+            ),
+            inputs=tuple((name, narrow if name == RESIDUAL and prelude else self.sizes[name]) for name in names),
             copies=part.copies,
             programs=tuple((program, len(list(run))) for program, run in groupby(programs)),
         )
 
-    def _layers(self, part: DevicePart, own: range, *, normed: bool, late_output: bool) -> list[Program]:
+    def _layers(
+        self, part: DevicePart, own: range, *, normed: bool, fed: bool, late_output: bool, borrowed: Mapping[int, tuple[int, ...]]
+    ) -> list[Program]:
         """The programs of a device's layers, visitors first."""
         everything = [*part.visitors, *own]
         pinned = part.copies > 1
         fetched = {b: a for b, a in self._fetched_behind.items() if b in part.layers and a in everything}
+        sliced = self._has(PER_LAYER) and not part.first and not pinned
         first_reader: dict[int, int] = {}
         last_reader: dict[int, int] = {}
         for i in everything:
-            for name in self._reads(i, visiting=i in part.visitors):
+            for name in (*self._reads(i, visiting=i in part.visitors), *borrowed.get(i, ())):
                 first_reader.setdefault(name, i)
                 last_reader[name] = i
+            if sliced:
+                last_reader[slice_name(i)] = i
         if late_output:
             last_reader[OUTPUT_ROWS] = self._n
             first_reader.setdefault(OUTPUT_ROWS, self._n)
-        if self._altup and not part.first:
-            last_reader[PER_LAYER] = self._n  # one of the device's unnamed tensors, see _streams
-        waiting = set(first_reader) - {PER_LAYER} if part.visitors else set()
+        if not part.first:
+            last_reader[PER_LAYER] = self._n  # among the device's unnamed tensors, see _slices
+        waiting = set(first_reader) - {PER_LAYER, DEEPSTACK} if part.visitors else set()
         everything_given = self.host_inputs.union(last_reader)  # a visitor may read what this device has no copy of
         ends = set(last_reader.values())
         programs = []
@@ -214,22 +244,24 @@ class Schedules:
             if visits and i == part.visitors[-1]:
                 brings = waiting
             waiting = waiting - brings
-            kept = everything_given
+            kept = everything_given - ({PER_LAYER} if i == 0 and not (fed and pinned) else set())
             if i in ends and not pinned:
                 kept = kept.difference(name for name, reader in last_reader.items() if reader == i)
-            if begins and pinned and (not part.first or not self._programs.has_prelude):
-                kept |= {RESIDUAL, NORMED}
+            if begins and pinned and (not part.first or fed or not self._programs.has_prelude):
+                kept |= {RESIDUAL, NORMED, EMBEDDING, PERMUTED}
             programs.append(
                 self._programs.layer(
                     i,
                     offloaded=visits,
                     host_experts=i in part.host_experts,
                     experts_away=i in part.host_experts and not part.first,
-                    normed=begins and normed and not part.first,
+                    normed=begins and normed,
                     brings=tuple(sorted(brings, reverse=True)),
                     has_states=i in fetched,
                     fetches_states=i in fetched.values(),
                     pipelined=pinned,
+                    borrowed=borrowed.get(i, ()),
+                    per_layer=slice_name(i) if sliced else PER_LAYER,
                     kept=kept,
                 )
             )
@@ -268,22 +300,22 @@ class Schedules:
             return (attention_features(self._profile, cache, i)[1],) * 2
         return ()
 
-    def _borrowed(self, part: DevicePart) -> list[Size]:
-        """Caches of layers on another device that layers here read: each reader gets a copy (Gemma 3n, Gemma 4)."""
-        scale = self._scale
+    def _borrowed(self, part: DevicePart) -> dict[int, tuple[int, ...]]:
+        """Layers that read another's cache, which lies elsewhere (Gemma 3n, Gemma 4): names of their copies of it."""
         owners = self._owners
-        sizes: list[Size] = []
-        if len(owners) == self._n:
-            return sizes
+        if not self._lends or self._scale.attention == "host":
+            return {}
+        found: dict[int, tuple[int, ...]] = {}
         for i in part.layers:
-            cache = self._caches[i] if i < self._n else None
-            if cache and cache.attends and not cache.owns_cache and owners:
+            if i < self._n and (cache := self._caches[i]).borrows_cache:
                 owner = max(j for j in owners if self._caches[j].windowed == cache.windowed)
                 if owner not in part.layers:
-                    for row in (scale.keys.row_bytes(cache.key_elements), scale.values.row_bytes(cache.value_elements)):
-                        per_cell = row * scale.sequences
-                        sizes.append((0, (0, per_cell) if cache.windowed else (per_cell, 0)))
-        return sizes
+                    found[i] = borrowed_names(i)
+        return found
+
+    def _pinned_copies(self, part: DevicePart) -> list[Size]:
+        """Those copies where a pipeline keeps them all the while."""
+        return [self.sizes[name] for names in self._borrowed(part).values() for name in names] if part.copies > 1 else []
 
     def _answers(self, part: DevicePart) -> list[Size]:
         """What attention on the CPU returns; without a pipeline that is only there when it is needed."""
@@ -312,15 +344,17 @@ class Schedules:
                 found.append((self._attended_bytes(i), copied))
         return found
 
+    def _slices(self, part: DevicePart) -> list[Size]:
+        """Embeddings of its layers that a pipeline's later device keeps (Gemma 3n, Gemma 4): one tensor for each."""
+        if part.first or part.copies == 1 or not self._has(PER_LAYER):
+            return []
+        return [self.sizes[slice_name(i)] for i in part.layers]
+
     def _streams(self, part: DevicePart) -> list[Size]:
         """Gemma 3n's residual streams are made where the output layer lies, and travel twice: as they are, and permuted."""
-        if not self._altup or (part.first and part.output):
+        if not self._altup or part.first or not part.output or part.copies == 1:
             return []
-        residual, per_layer = self.sizes[RESIDUAL], self.sizes[PER_LAYER]
-        narrow: Size = (self.embedding_bytes, STEADY)
-        if part.first:
-            return [residual, residual, narrow, per_layer]
-        return [residual, *((per_layer, narrow) if part.output else ())]
+        return [self.sizes[PER_LAYER], (self.embedding_bytes, STEADY)]
 
     def _reads(self, i: int, *, visiting: bool) -> tuple[int, ...]:
         """Inputs of the graph that a layer reads on its device, in order."""
@@ -330,9 +364,21 @@ class Schedules:
             found = self._read_by[key] = self._inputs_of(i, visiting=visiting)
         return found
 
+    def _copied_to(self, i: int, borrowed: tuple[int, ...]) -> list[int]:
+        """Inputs that a layer's device gets for it, in order; a borrowed cache comes before the mask, what is left after it."""
+        names = [name for name in self._reads(i, visiting=False) if name not in (PER_LAYER, DEEPSTACK)]
+        if not borrowed:
+            return names
+        offset = WINDOW if self._caches[i].windowed else 0
+        early = [name for name in names if name in (POSITIONS, KEY_ROTATION - offset)]
+        late = [name for name in names if name not in (*early, MASK - offset)]
+        return [*early, *borrowed, MASK - offset, *late]
+
     def _inputs_of(self, i: int, *, visiting: bool, on_host: bool = False) -> tuple[int, ...]:
         cache = self._caches[i]
         extra: tuple[int, ...] = (PER_LAYER,) if self._has(PER_LAYER) else ()
+        if i < deepstack_layers(self._profile):
+            extra += (DEEPSTACK,)
         if i == self._n - 1 and self._profile.architecture not in LATE_OUTPUTS:
             extra += (OUTPUT_ROWS,)
         if cache.state_elements and not visiting:

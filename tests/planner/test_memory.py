@@ -71,11 +71,10 @@ def test_totals_of_other_cache_types() -> None:
 
 
 def test_totals_of_layers_in_ram_beside_two_gpus() -> None:
-    """Within 1 % or 32 MiB on nine devices of ten, never more than 96 MiB too low; Gemma 3n's are counted too high."""
+    """Within 1 % or 32 MiB on at least 95 % of devices, within 3 % or 128 MiB on all, never more than 64 MiB too low."""
     rows = found("spills")
-    assert sum(d.within(0.01, 32) for d in rows) >= 0.92 * len(rows)
-    assert [d for d in rows if not d.within(0.03, 128) and not d.row["model"].startswith("gemma3n")] == []
-    assert [d for d in rows if d.total_mib < -96] == []
+    assert sum(d.within(0.01, 32) for d in rows) >= 0.95 * len(rows)
+    assert [d for d in rows if not d.within(0.03, 128) or d.total_mib < -64] == []
 
 
 def test_attention_without_a_kernel_costs_host_memory() -> None:
