@@ -230,12 +230,15 @@ def _check_runs(file: Path) -> None:
 
 
 def _check_bash() -> None:
+    """The program that the launcher's first line names must be there, and a bash that can keep time."""
+    with shipped_launcher().open("rb") as file:
+        command = os.fsdecode(file.readline()).removeprefix("#!").split()
     try:
-        bash = subprocess.run(["bash", "-c", "echo ${EPOCHREALTIME:+new}"], capture_output=True, check=False)  # noqa: S607 - as the script's first line finds it
+        bash = subprocess.run([*command, "-c", "echo ${EPOCHREALTIME:+new}"], capture_output=True, check=False)  # noqa: S603
     except FileNotFoundError as error:
-        raise LauncherError("the launcher needs bash, and there is none") from error
+        raise LauncherError(f"the launcher needs {command[0]}, and there is none") from error
     if bash.stdout.strip() != b"new":
-        raise LauncherError("the launcher needs bash 5.0 or later, and the one here is older")
+        raise LauncherError(f"the launcher needs bash 5.0 or later, and {command[0]} is older")
 
 
 def _version(program: Path) -> subprocess.CompletedProcess[bytes]:

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.responses import Response
 
-from proxy.launch import answer, ask_for_devices, parse_launch
+from proxy.launch import BODY_LIMIT_BYTES, answer, ask_for_devices, parse_launch
 from tests.servers import free_port, serve
 
 ROOT = Path(__file__).parent.parent
@@ -643,6 +643,37 @@ def test_an_old_bash_is_a_fault(library):
     script.write_text(script.read_text().replace("EPOCHREALTIME", "NO_SUCH_TIME"))
     with serving(plan(SPLIT)) as server:
         check_fault(library.start(LOPSIDED_URL=server.url))
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "", None])
+def test_ollamas_path_need_not_lead_to_bash(library, path):
+    # a service's own PATH may name a few folders of drivers alone
+    with serving(plan(SPLIT)) as server:
+        assert library.start(LOPSIDED_URL=server.url, PATH=path).appended() == SPLIT
+
+
+@pytest.mark.parametrize("arguments", [("%" * 100_000,) * 12, ("x",) * 50_000], ids=["long ones", "many"])
+def test_arguments_that_nobody_would_read_are_not_sent(library, arguments):
+    load = (*LOAD, *arguments)
+    with serving(plan(SPLIT)) as server:
+        start = library.start(*load, LOPSIDED_URL=server.url)
+    assert start.appended(load) == ()
+    assert start.said == "lopsided: Ollama's arguments are longer than 65536 bytes; Ollama's own arguments\n"
+    assert server.requests == []
+
+
+def test_the_longest_question_is_what_lopsided_reads():
+    (limit,) = re.findall(r"^BODY_BYTES=(\d+) ", SCRIPT.read_text(), re.MULTILINE)
+    assert int(limit) == BODY_LIMIT_BYTES
+
+
+@pytest.mark.parametrize("where", ["llama-server.lopsided", f"llama-server.cache/{RECORDED.rpartition('/')[2]}"])
+def test_what_is_no_file_is_not_read(library, where):
+    # opening a pipe without a writer would hold the load for ever
+    os.mkfifo(library.path / where)
+    with serving(plan(SPLIT)) as server:
+        assert library.start(LOPSIDED_URL=server.url).appended() == SPLIT
+    check_fault(library.start())
 
 
 def test_another_shell_starts_the_real_server(library):

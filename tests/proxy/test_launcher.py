@@ -261,7 +261,7 @@ def test_the_original_before_an_update_stays_until_the_launcher_has_been_tried(l
     install(library, url=URL, token=None)
     put(library / NAME, real("version: 2"))
     broken = tmp_path / "broken"
-    broken.write_bytes(b"#!/bin/sh\n# lopsided's launcher\necho no good >&2; exit 3\n")
+    broken.write_bytes(b"#!/bin/bash -p\n# lopsided's launcher\necho no good >&2; exit 3\n")
     with monkeypatch.context() as patch:
         patch.setattr(installation, "shipped_launcher", lambda: broken)
         with pytest.raises(LauncherError, match="no good"):
@@ -338,20 +338,29 @@ def test_a_folder_that_may_not_be_written_is_refused(library, monkeypatch):
     refused(library, "sudo")
 
 
+def run_by(bash: Path, to: Path) -> Path:
+    """A copy, in ``to``, of the launcher with ``bash`` in its first line."""
+    to.write_bytes(shipped_launcher().read_bytes().replace(b"#!/bin/bash ", b"#!" + os.fsencode(bash) + b" ", 1))
+    to.chmod(0o755)
+    return to
+
+
 def test_without_bash_it_is_refused(library, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    refused(library, "bash")
+    script = run_by(tmp_path / "bash", tmp_path / "script")
+    monkeypatch.setattr(installation, "shipped_launcher", lambda: script)
+    refused(library, f"needs {tmp_path / 'bash'}, and there is none")
 
 
 def test_with_an_old_bash_it_is_refused(library, monkeypatch, tmp_path):
     put(tmp_path / "bash", b"#!/bin/sh\necho\n")
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    script = run_by(tmp_path / "bash", tmp_path / "script")
+    monkeypatch.setattr(installation, "shipped_launcher", lambda: script)
     refused(library, "bash 5")
 
 
 def test_a_launcher_that_does_not_start_the_original_is_refused(library, monkeypatch, tmp_path):
     broken = tmp_path / "broken"
-    broken.write_bytes(b"#!/bin/sh\n# lopsided's launcher\necho no good >&2; exit 3\n")
+    broken.write_bytes(b"#!/bin/bash -p\n# lopsided's launcher\necho no good >&2; exit 3\n")
     monkeypatch.setattr(installation, "shipped_launcher", lambda: broken)
     refused(library, "no good")
 
@@ -538,6 +547,7 @@ def test_the_container_starts_without_the_launcher_where_it_cannot_be_put(librar
 def test_the_container_never_takes_a_launcher_that_its_bash_is_too_old_for(library, tmp_path):
     prepare_image(tmp_path)
     put(tmp_path / "image" / "bash", b"#!/bin/sh\nexit 1\n")
+    run_by(tmp_path / "image" / "bash", tmp_path / "image" / NAME)
     started = enter(library, tmp_path)
     assert started.stdout == "ollama serve \n"
     assert started.stderr == "lopsided: the launcher needs bash 5: started without the launcher\n"
