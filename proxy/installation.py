@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,6 +28,9 @@ BEFORE = "llama-server.stock.old"
 """The original that an update has outdated, until the newer one has been tried."""
 CONFIG = "llama-server.lopsided"
 CACHE = "llama-server.cache"
+NOTE = ".lopsided"
+"""Ends the name of a file beside the folder that says that the launcher was installed: Ollama's own installer deletes the folder
+and makes it anew, and nothing in it could tell."""
 MARK = b"lopsided's launcher"
 """Stands in the launcher's second line, and in no llama-server's."""
 
@@ -42,10 +45,11 @@ TRY_S = 60.0
 
 State = Literal["absent", "installed", "replaced", "interrupted", "lost", "none"]
 """``absent``: Ollama's own llama-server; ``installed``; ``replaced``: it was installed, and Ollama's own is back, as an update
-leaves it; ``interrupted``: there is only ``llama-server.stock``; ``lost``: the launcher without it; ``none``: no llama-server."""
+leaves it, with the older one beside it or without; ``interrupted``: there is only ``llama-server.stock``; ``lost``: the launcher
+without it; ``none``: no llama-server."""
 
 SAYINGS: Mapping[State, str] = {
-    "absent": "not installed (if it was, an update of Ollama has made the folder anew: install it again)",
+    "absent": "not installed",
     "installed": "installed",
     "replaced": "gone: an update of Ollama has put its own llama-server back; install it again",
     "interrupted": f"half installed: there is only {STOCK}; install or remove it again",
@@ -78,7 +82,7 @@ def inspect(library: Path) -> Installation:
     if _is_launcher(file):
         state = "installed" if has_stock else "lost"
     elif os.path.lexists(file):
-        state = "replaced" if has_stock else "absent"
+        state = "replaced" if has_stock or _note(library).exists() else "absent"
     else:
         state = "interrupted" if has_stock else "none"
     current = state == "installed" and file.read_bytes() == shipped_launcher().read_bytes()
@@ -120,7 +124,7 @@ def install(library: Path, *, url: str, token: str | None, user: str | None = No
         try:
             if found.state in ("absent", "replaced"):
                 _check_runs(file)
-                if found.state == "replaced":
+                if os.path.lexists(stock):
                     stock.replace(before)
                 _second_name(file, stock)
             _write(new, shipped_launcher().read_bytes(), mode=0o755)
@@ -132,10 +136,12 @@ def install(library: Path, *, url: str, token: str | None, user: str | None = No
             new.unlink(missing_ok=True)
             if before.exists():
                 before.replace(stock)
-            elif found.state == "absent" and stock.exists() and stock.samefile(file):
+            elif found.state in ("absent", "replaced") and stock.exists() and stock.samefile(file):
                 stock.unlink()
             raise
         before.unlink(missing_ok=True)
+        with suppress(OSError):  # it is there for `status` and `doctor` alone
+            _note(library).write_text(f"lopsided's launcher was put into {library}; `lopsided launcher remove` ends that.\n")
         return inspect(library)
 
 
@@ -148,14 +154,20 @@ def remove(library: Path) -> Installation:
             raise LauncherError(f"{library}: {SAYINGS[found.state]}")
         if found.state in ("installed", "interrupted"):
             (library / STOCK).replace(library / NAME)
-        elif found.state == "replaced":  # the older Ollama's
+        elif found.state == "replaced" and os.path.lexists(library / STOCK):  # the older Ollama's
             _check_runs(library / NAME)
             (library / STOCK).unlink()
         for name in (f"{NAME}.new", f"{STOCK}.new", f"{CONFIG}.new", BEFORE, CONFIG):
             (library / name).unlink(missing_ok=True)
         if (library / CACHE).is_dir():
             shutil.rmtree(library / CACHE)
+        _note(library).unlink(missing_ok=True)
         return inspect(library)
+
+
+def _note(library: Path) -> Path:
+    folder = library.resolve()
+    return folder.with_name(folder.name + NOTE)
 
 
 def _is_launcher(path: Path) -> bool:

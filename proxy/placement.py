@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from planner.hardware import Rig
 from planner.plan import Plan, Planner, make_plan
@@ -206,7 +207,7 @@ class Placements:
         facts = await self._catalog.facts(model)
         era = await self._ollama.era()
         options = {"num_ctx": num_ctx}
-        wanted = plan_request(options, facts, self._settings, era)
+        wanted = self._wanted(options, facts, era)
         loaded = await self._by_blob(await self._ollama.loaded())
         plan = await self._plan(Load(model=model, facts=facts, options=options, request=wanted), loaded)
         return plan, stock(OFF) if self._plans.rule(model).off else self._delivery(plan, era, wanted)
@@ -383,9 +384,7 @@ class Placements:
         try:
             async with asyncio.timeout(PLAN_S / 2):
                 era = await self._ollama.era()
-                wanted = plan_request(request.options, facts, self._settings, era, careful=careful > 0)
-                if era == "llama-server" and self._launches.answering:
-                    wanted = replace(wanted, spread=False)
+                wanted = self._wanted(request.options, facts, era, careful=careful > 0)
                 load = Load(model=request.model, facts=facts, options=request.options, request=wanted)
                 plan = await self._plan(load, loaded)
         except LopsidedError as error:
@@ -399,6 +398,13 @@ class Placements:
             return plan, self._delivery(plan, era, wanted)
         self._tell(f"{full_name(request.model)} passes unchanged: {reason}")
         return None, stock(reason)
+
+    def _wanted(self, options: Mapping[str, Any], facts: ModelFacts, era: Era, *, careful: bool = False) -> PlanRequest:
+        """What to plan. The launcher never spreads a model; without it, an Ollama that was seen to spread goes on with that."""
+        wanted = plan_request(options, facts, self._settings, era, careful=careful)
+        if era == "llama-server" and self._launches.answering:
+            return replace(wanted, spread=False)
+        return replace(wanted, spread=True) if self._launches.spread else wanted
 
     def _delivery(self, plan: Plan, era: Era, wanted: PlanRequest) -> Delivery:
         if era == "llama-server" and self._launches.answering:

@@ -108,6 +108,7 @@ def test_removed_the_folder_is_as_it_was(library):
     assert names(library) == {NAME}
     assert (library / NAME).stat().st_ino == before.st_ino
     assert (library / NAME).read_bytes() == real()
+    assert list(library.parent.iterdir()) == [library]
 
 
 def test_both_can_be_done_again(library):
@@ -133,6 +134,30 @@ def test_an_update_of_ollama_is_noticed_and_its_llama_server_kept(library):
     install(library, url=URL, token=None)
     assert version(library) == "version: 2 --version\n"
     assert (library / STOCK).read_bytes() == real("version: 2")
+
+
+@pytest.mark.parametrize("action", ["install", "remove"])
+def test_an_update_that_made_the_folder_anew_is_noticed_too(library, action):
+    # Ollama's own installer deletes its library first, and with it everything that was beside llama-server
+    install(library, url=URL, token=None)
+    shutil.rmtree(library)
+    library.mkdir()
+    put(library / NAME, real("version: 2"))
+    assert inspect(library).state == "replaced"
+    if action == "install":
+        assert install(library, url=URL, token=None).state == "installed"
+        assert version(library) == "version: 2 --version\n"
+    assert remove(library).state == "absent"
+    assert (names(library), version(library)) == ({NAME}, "version: 2 --version\n")
+
+
+def test_a_folder_whose_parent_may_not_be_written_is_fine(library, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert install(library, url=URL, token=None).state == "installed"
+    assert remove(library).state == "absent"
 
 
 def test_removing_after_an_update_keeps_the_newer_one(library):

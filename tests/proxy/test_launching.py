@@ -256,9 +256,13 @@ def test_while_the_launcher_answers_requests_get_no_placement_options(machine):
     answer = machine.generate("phi4:14b", num_ctx=4096)
     assert answer.headers["x-lopsided-plan"].endswith("; auto; by the launcher")
     assert not {"main_gpu", "num_gpu", "tensor_split"} & machine.placed().keys()
-    # the simulated Ollama starts no launcher, so this load went past it: options are back
+    # the simulated Ollama starts no launcher, so this load went past it: options are back, and say what
+    # stock would do unspread as well, since this Ollama was told to spread for the launcher's sake
+    for name in ("qwen2.5:32b", "phi4:14b"):
+        httpx.post(machine.url + "/api/generate", json={"model": name, "keep_alive": 0}, timeout=10).raise_for_status()
     answer = machine.generate("llama3.1:8b", num_ctx=4096)
-    assert not answer.headers["x-lopsided-plan"].endswith("; by the launcher")
+    assert answer.headers["x-lopsided-plan"] == "solo CUDA0; auto"
+    assert machine.placed()["main_gpu"] == 0
 
 
 def test_where_the_launcher_places_everything_a_model_on_v1_is_no_exception(machine):
