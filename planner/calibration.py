@@ -1,8 +1,9 @@
 """Rates of each device from the speeds of real answers: robust regression over what each placement read.
 
-A token of an answer took ``t = Σ_d bytes_d · x_d + fixed costs`` (``planner.speed``), where ``x_d`` is the slowness of device
-``d`` in seconds per byte; ``bytes_d`` and ``t`` are known, ``x_d`` is sought. A prompt took
-``t = Σ_d w_d · y_d + (micro-batches − 1) · max_d w_d · y_d``, with the FLOP of a micro-batch ``w_d`` and the slowness ``y_d``.
+A token of an answer took ``t = Σ_d bytes_d · x_d + hops`` (``planner.speed``), where ``x_d`` is the slowness of device ``d`` in
+seconds per byte; ``bytes_d`` (with those that its layers' fixed costs stand for) and ``t`` are known, ``x_d`` is sought. A prompt
+took ``t = Σ_d w_d · y_d + (micro-batches − 1) · max_d w_d · y_d``, with the FLOP of a micro-batch ``w_d`` and the slowness
+``y_d``.
 
 1. Of the answers of one placement, the one of median speed speaks for all: first loads, other programs and odd prompts that
    make up less than half of them change nothing.
@@ -19,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, log
 from statistics import median
 
 from planner.hardware import Rig
 from planner.observation import Observation, Run
-from planner.speed import HOP_SECONDS, HOST, LAYER_SECONDS, Calibration, gpu_rates, host_rates
+from planner.speed import HOP_SECONDS, HOST, Calibration, gpu_rates, host_rates
 
 LEAST_DECODE_TOKENS = 32
 """Tokens of an answer below which its speed says too little: clocks still rise, and a hiccup counts for much."""
@@ -66,7 +68,9 @@ def calibrate(observations: Iterable[Observation], rig: Rig, *, model: str, expe
     seen = [one for one in observations if one.run.devices and all(device in predicted for device in one.run.devices)]
     reading = {device: 1 / rates.decode_bytes_per_s for device, rates in predicted.items()}
     computing = {device: 1 / rates.prefill_flops_per_s for device, rates in predicted.items()}
-    answers, prompts = _middle_rows(seen, reading, _decode_row), _middle_rows(seen, computing, _prefill_row)
+    layer_bytes = {device: rates.layer_bytes for device, rates in predicted.items()}
+    answers = _middle_rows(seen, reading, partial(_decode_row, layer_bytes))
+    prompts = _middle_rows(seen, computing, _prefill_row)
     if not answers and not prompts:
         return Calibration()
     decode, decode_guess = _learn(answers, reading, model=model, experts=experts)
@@ -100,11 +104,13 @@ class _Row:
         return parts
 
 
-def _decode_row(one: Observation) -> _Row | None:
-    fixed = one.run.layers * LAYER_SECONDS + one.run.hops * HOP_SECONDS
-    if one.decode_tokens < LEAST_DECODE_TOKENS or one.decode_s / one.decode_tokens <= fixed:
+def _decode_row(layer_bytes: Mapping[str, float], one: Observation) -> _Row | None:
+    run, hops_s = one.run, one.run.hops * HOP_SECONDS
+    if one.decode_tokens < LEAST_DECODE_TOKENS or one.decode_s / one.decode_tokens <= hops_s:
         return None
-    return _Row(run=one.run, work=one.reads, overlap=0, seconds=one.decode_s / one.decode_tokens - fixed)
+    counted = zip(one.reads, run.layers, run.devices, strict=True)
+    work = tuple(read + layers * layer_bytes[device] for read, layers, device in counted)
+    return _Row(run=run, work=work, overlap=0, seconds=one.decode_s / one.decode_tokens - hops_s)
 
 
 def _prefill_row(one: Observation) -> _Row | None:

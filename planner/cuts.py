@@ -1,9 +1,10 @@
 """Where to cut the layers of a model for GPUs in a row, so that a token takes the least time: dynamic programming.
 
-llama.cpp gives each device one run of layers. In a given order of devices, what a run costs is linear in the bytes that it reads,
-and only the memory of its device limits it. The devices are gone through from the last (which has the output layer) to the
-first; what is known of those behind is the best time for each layer at which they begin. Where the first device has to take all
-that is left, the device after it takes either all it can or as little as it must: nothing between can be faster.
+llama.cpp gives each device one run of layers. In a given order of devices, what a run costs is linear in the bytes that it reads
+and in its layers, and only the memory of its device limits it. The devices are gone through from the last (which has the output
+layer) to the first; what is known of those behind is the best time for each layer at which they begin. Where the first device has
+to take all that is left, the device after it takes either all it can or as little as it must: nothing between can be faster,
+unless one of the two is the faster one for some layers and the other for others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 from math import inf
 from typing import Literal
 
@@ -54,18 +55,20 @@ class Split:
 class Problem:
     """What is to be cut. ``held`` and ``read`` are prefix sums over the layers, in bytes.
 
-    ``inverse`` is in seconds per byte, ``rooms`` in bytes without the compute buffer, both by GPU. ``buffers``: bytes of compute
-    buffer by GPU, role and ``few``. ``host_inverse``: seconds per byte of RAM, where the lowest layers stay there, else ``None``.
+    ``inverse`` is in seconds per byte, ``layer_s`` in seconds per layer beside its bytes, ``rooms`` in bytes without the compute
+    buffer, all by GPU. ``buffers``: bytes of compute buffer by GPU, role and ``few``. ``host``: seconds per byte and per layer in
+    RAM, where the lowest layers stay there, else ``None``.
     """
 
     held: Sequence[float]
     read: Sequence[float]
     inverse: Mapping[int, float]
+    layer_s: Mapping[int, float]
     rooms: Mapping[int, int]
     buffers: Mapping[tuple[int, Role, int], int]
     output_held: int
     output_read: int
-    host_inverse: float | None
+    host: tuple[float, float] | None
 
     def solve(self) -> Split | None:
         """The fastest split over every order that is looked at; ``None`` where nothing fits. Equal: the lower GPUs first."""
@@ -103,28 +106,32 @@ class Problem:
         rooms = [self._rooms(order, position) for position in range(len(order))]
         if rooms[last][0] < 0:
             return None
+        costs = [(self.inverse[gpu], self.layer_s[gpu]) for gpu in order]
+        before = [costs[0] if self.host is None else self.host, *costs]
         states: dict[int, tuple[float, tuple[int, ...]]] = {len(held) - 1: (0.0, ())}
         for position in range(last, -1, -1):
-            inverse, room = self.inverse[order[position]], rooms[position]
+            (inverse, layer_s), room = costs[position], rooms[position]
             output = self.output_read * inverse if position == last else 0.0
             hop = HOP_SECONDS if position < last else 0.0
-            under = self._most(rooms[0]) if position == 1 and self.host_inverse is None else None
-            quickest = min(*(self.inverse[gpu] for gpu in order[: position + 1]), self.host_inverse or inf)
+            under = self._most(rooms[0]) if position == 1 and self.host is None else None
+            extremes = position == (self.host is None) and self._one_is_faster(costs[position], before[0])
+            quickest, quickest_layer = (min(cost) for cost in zip(*before[: position + 2], strict=True))
             some = self._exact and position < last
-            least = position * self._exact + (self.host_inverse is not None)
+            least = position * self._exact + (self.host is not None)
             following: dict[int, tuple[float, tuple[int, ...]]] = {}
             for end, (seconds, counts) in states.items():
-                if seconds + read[end] * quickest > bound:
+                if seconds + read[end] * quickest + end * quickest_layer > bound:
                     continue
                 lowest = max(self._lowest(end, room), least)
-                for start in self._starts(lowest, end - some, position, inverse, under):
-                    cost = seconds + output + (read[end] - read[start]) * inverse + (hop if start < end else 0.0)
+                for start in self._starts(lowest, end - some, position, under, extremes=extremes):
+                    cost = seconds + output + (read[end] - read[start]) * inverse + (end - start) * layer_s
+                    cost += hop if start < end else 0.0
                     known = following.get(start)
                     if known is None or cost < known[0]:
                         following[start] = (cost, (end - start, *counts))
             states = following
         ends = ((seconds + self._rest(start), start, counts) for start, (seconds, counts) in states.items())
-        best = min((end for end in ends if bool(end[1]) == (self.host_inverse is not None)), default=None)
+        best = min((end for end in ends if bool(end[1]) == (self.host is not None)), default=None)
         return Split(best[0], tuple(zip(order, best[2], strict=True))) if best else None
 
     def _lowest(self, end: int, rooms: Sequence[int]) -> int:
@@ -140,17 +147,29 @@ class Problem:
         short = (count for count in range(min(FEW_LAYERS, len(self.held)) - 1, 0, -1) if self.held[count] <= rooms[count])
         return next(short, 0) if most < FEW_LAYERS else most
 
-    def _starts(self, lowest: int, highest: int, position: int, inverse: float, under: int | None) -> Iterable[int]:
-        """Where a run may begin, from ``lowest`` to ``highest``; ``under``: the layers that the first device can hold."""
-        if position == 0 and self.host_inverse is None:
+    def _starts(self, lowest: int, highest: int, position: int, under: int | None, *, extremes: bool) -> Iterable[int]:
+        """Where a run may begin, from ``lowest`` to ``highest``; ``under``: the layers that the first device can hold.
+
+        ``extremes``: nothing between them can be faster, since all layers below go to one device (or RAM).
+        """
+        if position == 0 and self.host is None:
             return () if lowest else (0,)
         if under is not None:
             highest = min(highest, under)
-        if under is not None or (position == 0 and inverse < (self.host_inverse or 0.0)):
+        if extremes:
             return (lowest, highest) if lowest < highest else (highest,) if lowest == highest else ()
         if self._exact:
             return range(lowest, highest + 1)
         return (*range(lowest, min(lowest + SLACK_LAYERS, highest - 1) + 1), highest)
 
+    def _one_is_faster(self, one: tuple[float, float], other: tuple[float, float]) -> bool:
+        """Whether the same one of two devices (seconds per byte and per layer) is the faster one for every layer."""
+        inverse, layer_s = one[0] - other[0], one[1] - other[1]
+        if inverse * layer_s >= 0:
+            return True
+        return len({(above - below) * inverse + layer_s > 0 for below, above in pairwise(self.read)}) == 1
+
     def _rest(self, start: int) -> float:
-        return self.read[start] * (self.host_inverse or 0.0) + (HOP_SECONDS if start else 0.0)
+        if not start or self.host is None:
+            return 0.0
+        return self.read[start] * self.host[0] + start * self.host[1] + HOP_SECONDS

@@ -16,14 +16,14 @@ from planner.speed import HOST, Work, work_at
 class Run:
     """One model in one place: what all of its answers have in common.
 
-    ``devices`` are UUIDs, or ``HOST`` for RAM, in the order of the layers. ``flops`` are those of a prompt's token on each; empty
-    where weights are copied to a GPU for a prompt, which is not a sum over devices.
+    ``devices`` are UUIDs, or ``HOST`` for RAM, in the order of the layers; ``layers`` are those on each. ``flops`` are those of a
+    prompt's token on each; empty where weights are copied to a GPU for a prompt, which is not a sum over devices.
     """
 
     model: str
     experts: bool
     devices: tuple[str, ...]
-    layers: int
+    layers: tuple[int, ...]
     hops: int
     flops: tuple[float, ...]
     ubatch: int
@@ -79,7 +79,7 @@ def observe(
             model=model_key(profile),
             experts=bool(profile.expert_count),
             devices=names,
-            layers=placement.n_layers,
+            layers=tuple(placement.cpu_layers if gpu is None else placement.layers[gpu] for gpu in reads),
             hops=hops,
             flops=() if placement.kind == "partial" else tuple(flops[name] for name in names),
             ubatch=settings.ubatch,

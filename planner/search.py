@@ -169,11 +169,12 @@ class Search:
                 held=_less_experts(sizes.held_prefix, sizes.experts_prefix, cpu_experts),
                 read=_less_experts(work.read_prefix, (0.0, *accumulate(work.expert_bytes)), cpu_experts),
                 inverse={gpu: 1 / self.rates[gpu].decode_bytes_per_s for gpu in gpus},
+                layer_s={gpu: self.rates[gpu].layer_s for gpu in gpus},
                 rooms={gpu: self.limits[gpu] - self.request.runtime_bytes for gpu in gpus},
                 buffers=buffers,
                 output_held=sizes.output_bytes,
                 output_read=work.output_bytes,
-                host_inverse=1 / self.host.decode_bytes_per_s if partial else None,
+                host=(1 / self.host.decode_bytes_per_s, self.host.layer_s) if partial else None,
             )
             split = problem.solve()
             if split is None:

@@ -37,7 +37,7 @@ LEAST_TURNS = 8
 PLACEMENTS_KEPT = 256
 """Placements, and models, of which anything is kept; those that were used last."""
 
-VERSION = 1
+VERSION = 2
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -225,7 +225,7 @@ def from_json(value: Mapping[str, Any]) -> _Kept:
             model=_text(row["model"]),
             experts=bool(row["experts"]),
             devices=_texts(row["devices"]),
-            layers=_count(row["layers"]),
+            layers=tuple(map(_count, row["layers"])),
             hops=_count(row["hops"]),
             flops=_numbers(row["flops"]),
             ubatch=_count(row["ubatch"]) or 1,
@@ -239,8 +239,8 @@ def from_json(value: Mapping[str, Any]) -> _Kept:
                 prompt_tokens=_count(prompt_tokens),
                 prompt_s=_number(prompt_s),
             )
-            if not len(one.reads) == len(run.devices) == len(run.flops or run.devices):
-                raise ValueError(f"{len(run.devices)} devices, {len(one.reads)} numbers of bytes")
+            if not len(one.reads) == len(run.devices) == len(run.layers) == len(run.flops or run.devices):
+                raise ValueError(f"{len(run.devices)} devices, {len(one.reads)} numbers of bytes, {len(run.layers)} of layers")
             _append(kept.runs, run, one, ANSWERS_KEPT)
     for row in value["speeds"]:
         fields = row["placement"]

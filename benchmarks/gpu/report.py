@@ -20,7 +20,6 @@ from typing import Any
 
 from benchmarks.gpu.models import profile
 from benchmarks.gpu.serverlog import COMMAND, Loaded, placement_of
-from planner.hardware import Gpu, Host, Rig
 from planner.memory import estimate_memory
 from planner.placement import Placement
 from planner.profile import ModelProfile
@@ -28,11 +27,10 @@ from planner.request import RUNTIME_BYTES
 from planner.settings import LoadSettings
 from planner.speed import Calibration, predict_speed, solo_rates
 from planner.units import MIB
+from proxy.gpus.static import StaticSource
 
 DEVICES = ("CUDA0", "CUDA1")
-RIG = Rig(
-    gpus=tuple(Gpu(uuid=device, name=device, total_bytes=140 * 2**30, free_bytes=140 * 2**30) for device in DEVICES), host=Host()
-)
+RIG = StaticSource.from_arguments(["H200", "H200"]).rig()
 TOKENS = 2048 + 96 // 2
 """Tokens in the context, halfway through an answer."""
 
@@ -109,8 +107,11 @@ def calibrations(loads: Iterable[Load]) -> dict[str, Calibration]:
         if row["case"].startswith("solo-"):
             model = row["model"]
             settings = LoadSettings(num_ctx=TOKENS, batch=load.settings.batch, ubatch=load.settings.ubatch)
-            learned = solo_rates(known(model), settings, decode_tokens_per_s=row["decode"], prefill_tokens_per_s=row["prefill"])
-            rates.setdefault(model, {})[DEVICES[load.placement.order[0]]] = learned
+            gpu = RIG.gpus[load.placement.order[0]]
+            learned = solo_rates(
+                known(model), settings, gpu, decode_tokens_per_s=row["decode"], prefill_tokens_per_s=row["prefill"]
+            )
+            rates.setdefault(model, {})[gpu.uuid] = learned
     return {model: Calibration(rates=found) for model, found in rates.items()}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from planner.hardware import Gpu, Rig
-from planner.speed import LAYER_SECONDS, Calibration, gpu_rates
+from planner.speed import Calibration, gpu_rates
 from proxy.gpus.specs import Card, find_card
 
 TABLE = Path(__file__).with_name("published.csv")
@@ -31,9 +31,22 @@ class Run:
     tokens_per_s: float
 
     @property
+    def gpu(self) -> Gpu:
+        """The card, as far as it decides decode."""
+        card = self.card
+        return Gpu(
+            uuid=card.name,
+            name=card.name,
+            total_bytes=card.total_bytes,
+            free_bytes=card.total_bytes,
+            compute_capability=card.compute_capability,
+            bandwidth_bytes_per_s=card.bandwidth_bytes_per_s,
+        )
+
+    @property
     def bytes_per_s(self) -> float:
-        """What the card read in a second, its layers' fixed costs left out."""
-        return self.read_bytes / (1 / self.tokens_per_s - self.layers * LAYER_SECONDS)
+        """What the card read in a second, its layers' fixed costs counted as the bytes that they stand for."""
+        return (self.read_bytes + self.layers * gpu_rates(self.gpu).layer_bytes) * self.tokens_per_s
 
     @property
     def share(self) -> float:

@@ -22,16 +22,20 @@ from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
 from planner.search import Search
 from planner.settings import LoadSettings
-from planner.speed import HOP_SECONDS, LAYER_SECONDS
+from planner.speed import HOP_SECONDS, LAYER_SECONDS, Calibration
 from tests.planner import models
 
 REQUEST = PlanRequest(num_ctx=2048, num_batch=32, runtime_bytes=0, margin_bytes=0)
 SETTINGS = LoadSettings(num_ctx=2048, batch=32, ubatch=32, outputs=1)
 GPU_SHARE, HOST_RATE = 0.80, 0.6 * 51.2e9
 """Of a GPU with GDDR, and of a host of which nothing is known: planner/speed.py says where these come from."""
+LEARNED = st.dictionaries(
+    st.sampled_from(["GPU-gpu0", "GPU-gpu1", "GPU-gpu2"]), st.tuples(st.integers(5, 2000).map(lambda gb: gb * 1e9), st.just(1e13))
+)
 KEPT = st.builds(
     replace,
     st.just(REQUEST),
+    calibration=st.none() | st.builds(Calibration, rates=LEARNED),
     margin_bytes=st.sampled_from([0, 3 * models.MIB]),
     runtime_bytes=st.sampled_from([0, 5 * models.MIB]),
     gpu_overhead_bytes=st.sampled_from([0, 2 * models.MIB]),
@@ -52,17 +56,24 @@ def every_split(n_gpus: int, n_layers: int, *, partial: bool) -> Iterator[Placem
                     yield Placement(layers=tuple(layers), order=order, output_gpu=order[-1], cpu_layers=cpu)
 
 
-def seconds_of(profile: ModelProfile, rig: Rig, placement: Placement) -> float:
-    """Seconds of a token, layer by layer: bytes over rate, a fixed cost for each layer, a hop wherever the next device begins."""
+def seconds_of(profile: ModelProfile, rig: Rig, request: PlanRequest, placement: Placement) -> float:
+    """Seconds of a token, layer by layer: bytes over rate, a fixed cost for each layer, a hop wherever the next device begins.
+
+    A card of which a rate was learned takes as many times longer for the fixed cost as for the bytes.
+    """
     caches = cache_bytes(profile, SETTINGS)
     home: list[int | None] = [None] * placement.cpu_layers
     for gpu in placement.order:
         home += [gpu] * placement.layers[gpu]
     reads = [(layer.weights_bytes + cache, at) for layer, cache, at in zip(profile.layers, caches, home, strict=True)]
     reads.append((profile.output_bytes, placement.output_gpu))
-    seconds = LAYER_SECONDS * profile.n_layers
-    for read_bytes, at in reads:
-        seconds += read_bytes / (HOST_RATE if at is None else GPU_SHARE * (rig.gpus[at].bandwidth_bytes_per_s or 0))
+    seconds = 0.0
+    for i, (read_bytes, at) in enumerate(reads):
+        promised = HOST_RATE if at is None else GPU_SHARE * (rig.gpus[at].bandwidth_bytes_per_s or 0)
+        learned = promised
+        if at is not None and request.calibration is not None:
+            learned = request.calibration.rates.get(rig.gpus[at].uuid, (promised, 0))[0]
+        seconds += read_bytes / learned + (LAYER_SECONDS * promised / learned if i < profile.n_layers else 0)
     devices = [at for _, at in reads]
     return seconds + HOP_SECONDS * sum(here != there for here, there in pairwise(devices))
 
@@ -82,7 +93,7 @@ def fits(profile: ModelProfile, rig: Rig, request: PlanRequest, placement: Place
 def brute_force(profile: ModelProfile, rig: Rig, request: PlanRequest, *, partial: bool) -> float | None:
     """Seconds of the fastest placement among all that fit."""
     ways = every_split(len(rig.gpus), profile.n_layers, partial=partial)
-    by_speed = sorted((seconds_of(profile, rig, way), i, way) for i, way in enumerate(ways))
+    by_speed = sorted((seconds_of(profile, rig, request, way), i, way) for i, way in enumerate(ways))
     return next((seconds for seconds, _, way in by_speed if fits(profile, rig, request, way)), None)
 
 
@@ -125,7 +136,17 @@ def test_three_hundred_random_rigs_of_three_gpus_get_the_optimum() -> None:
         profile = models.small(n_layers=chance.randint(2, 12), ffn=ffn, vocabulary=chance.choice([2048, 32768]))
         most = 2 * profile.weights_bytes // models.MIB + 62
         gpus = (models.gpu(f"gpu{i}", chance.randint(8, most), gb_per_s=chance.randint(100, 1800)) for i in range(3))
-        _compare(profile, models.rig(*gpus), REQUEST)
+        learned = {f"GPU-gpu{i}": (chance.randint(5, 2000) * 1e9, 1e13) for i in range(3) if chance.random() < 0.5}
+        _compare(profile, models.rig(*gpus), replace(REQUEST, calibration=Calibration(rates=learned)))
+
+
+def test_cards_that_are_each_the_faster_one_for_some_layers_share_them_so() -> None:
+    """One card is held back: its fixed costs make it the slower one for small layers, its bytes the faster one for large ones."""
+    profile = models.small(n_layers=12, ffn=(4096,) * 6 + (1024,) * 6, vocabulary=2048)
+    rig = models.rig(models.gpu("held", 66, gb_per_s=1800), models.gpu("slow", 4000, gb_per_s=97))
+    request = replace(REQUEST, calibration=Calibration(rates={"GPU-held": (600e9, 1e13)}))
+    assert make_plan(profile, rig, request).chosen.placement.layers == (6, 6)
+    _compare(profile, rig, request)
 
 
 def _compare(profile: ModelProfile, rig: Rig, request: PlanRequest) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from planner.hardware import Host
+from planner.hardware import Gpu, Host
 from planner.placement import Placement, on_cpu, solo
 from planner.plan import make_plan
 from planner.profile import ModelProfile
@@ -27,7 +27,14 @@ from planner.speed import (
 from tests.planner import models
 
 SETTINGS = LoadSettings(num_ctx=4096)
-FAST, SLOW = models.gpu("fast", 140_000, gb_per_s=4800), models.gpu("slow", 140_000, gb_per_s=4800)
+
+
+def h200(name: str, free_mib: int = 140_000) -> Gpu:
+    """One of the measured cards."""
+    return models.gpu(name, free_mib, gb_per_s=4800, capability=(9, 0))
+
+
+FAST, SLOW = h200("fast"), h200("slow")
 
 MEASURED_70B = {"57,43": (24.4, 546), "70,30": (30.6, 760), "80,20": (36.5, 1102), "90,10": (43.8, 1361)}
 """70B Q4_0 on two H200, the second held to about a third: shares of fast and slow, decode and prefill (2048 tokens) in tok/s."""
@@ -54,14 +61,14 @@ def calibrated(profile: ModelProfile, fast: tuple[float, float], slow: tuple[flo
     """What the solo rows alone say about the two cards."""
     return Calibration(
         rates={
-            gpu.uuid: solo_rates(profile, SETTINGS, decode_tokens_per_s=decode, prefill_tokens_per_s=prefill)
+            gpu.uuid: solo_rates(profile, SETTINGS, gpu, decode_tokens_per_s=decode, prefill_tokens_per_s=prefill)
             for gpu, (decode, prefill) in ((FAST, fast), (SLOW, slow))
         }
     )
 
 
 @pytest.mark.parametrize("shares", MEASURED_70B)
-def test_each_split_of_the_measured_70b_is_predicted_within_10_percent(shares: str) -> None:
+def test_each_split_of_the_measured_70b_is_predicted_within_5_percent(shares: str) -> None:
     """Only the solo rows (52.5 and 15.0 tok/s) are known to the model."""
     profile = models.quantized("llama3.3-70b-q4km", "q4_0")
     fast = round(81 * int(shares.split(",")[0]) / 100)
@@ -70,16 +77,16 @@ def test_each_split_of_the_measured_70b_is_predicted_within_10_percent(shares: s
     )
     decode, prefill = MEASURED_70B[shares]
     assert speed.calibrated
-    assert speed.decode_tokens_per_s == pytest.approx(decode, rel=0.10)
+    assert speed.decode_tokens_per_s == pytest.approx(decode, rel=0.05)
     assert speed.prefill_tokens_per_s == pytest.approx(prefill, rel=0.10)
 
 
 @pytest.mark.parametrize("row", MEASURED_32B)
-def test_each_split_of_the_measured_32b_is_predicted_within_10_percent(row: tuple[int, int, str]) -> None:
+def test_each_split_of_the_measured_32b_is_predicted_within_5_percent(row: tuple[int, int, str]) -> None:
     """Case A to C under a real Ollama; the solo rows are 86.9 and 61.0 tok/s."""
     profile = models.quantized("qwen2.5-32b-q4km", "q4_0")
     speed = predict_speed(profile, models.rig(FAST, SLOW), SETTINGS, split(*row), calibrated(profile, (86.9, 2740), (61.0, 1560)))
-    assert speed.decode_tokens_per_s == pytest.approx(MEASURED_32B[row], rel=0.10)
+    assert speed.decode_tokens_per_s == pytest.approx(MEASURED_32B[row], rel=0.05)
 
 
 def test_the_measured_splits_are_ranked_as_measured() -> None:
@@ -99,26 +106,26 @@ def test_the_measured_splits_are_ranked_as_measured() -> None:
 
 @pytest.mark.parametrize("free_mib", range(28_000, 39_000, 2000))
 def test_a_70b_split_that_was_not_measured_lies_between_its_measured_neighbours(free_mib: int) -> None:
-    """Whatever the fast card has free: it fits, and runs between the rows beside it (the sum's 4 % allowed)."""
+    """Whatever the fast card has free: it fits, and runs between the rows beside it (the sum's 5 % allowed)."""
     profile = models.quantized("llama3.3-70b-q4km", "q4_0")
-    cards = models.rig(models.gpu("fast", free_mib, gb_per_s=4800), models.gpu("slow", 30_000, gb_per_s=4800))
+    cards = models.rig(h200("fast", free_mib), h200("slow", 30_000))
     rates = calibrated(profile, (52.5, 1407), (15.0, 236))
     chosen = make_plan(profile, cards, PlanRequest(num_ctx=4096, calibration=rates)).chosen
     share = chosen.placement.shares[0] / 81
     rows = [(int(shares.split(",")[0]) / 100, decode) for shares, (decode, _) in MEASURED_70B.items()] + [(1.0, 52.5)]
     below, above = max(row for row in rows if row[0] <= share), min(row for row in rows if row[0] > share)
     assert chosen.fits
-    assert below[1] * 0.96 <= chosen.decode_tokens_per_s <= above[1] * 1.04
+    assert below[1] * 0.95 <= chosen.decode_tokens_per_s <= above[1] * 1.05
 
 
 def test_a_32b_split_that_was_not_measured_lies_between_its_measured_neighbours() -> None:
     """Case B, 14336 MiB free on each: 46 layers on the fast card ran at 77.0 tok/s, 48 ran out of memory."""
     profile = models.quantized("qwen2.5-32b-q4km", "q4_0")
-    cards = models.rig(*(models.gpu(name, 14_336, gb_per_s=4800) for name in ("fast", "slow")))
+    cards = models.rig(h200("fast", 14_336), h200("slow", 14_336))
     rates = calibrated(profile, (86.9, 2740), (61.0, 1560))
     chosen = make_plan(profile, cards, PlanRequest(num_ctx=4096, calibration=rates)).chosen
     assert chosen.fits
-    assert (chosen.placement.output_gpu, chosen.placement.shares) == (0, (47, 18))
+    assert chosen.placement.shares == (47, 18)
     assert 77.0 <= chosen.decode_tokens_per_s <= 86.9
 
 
@@ -147,7 +154,7 @@ def test_decode_is_the_sum_of_bytes_over_bandwidth_layers_and_hops() -> None:
     profile = models.small(n_layers=6)
     work = model_work(profile, SETTINGS)
     rates, host = (
-        (gpu_rates(FAST), gpu_rates(models.gpu("b", 1000, gb_per_s=500))),
+        (gpu_rates(models.gpu("a", 1000, gb_per_s=4800)), gpu_rates(models.gpu("b", 1000, gb_per_s=500))),
         host_rates(Host(bandwidth_bytes_per_s=50 * 10**9)),
     )
     placement = Placement(layers=(2, 3), order=(0, 1), output_gpu=1, cpu_layers=1)
@@ -201,7 +208,32 @@ def test_everything_in_ram_runs_at_the_hosts_speed() -> None:
     assert fast.decode_tokens_per_s == pytest.approx(2 * slow.decode_tokens_per_s, rel=0.02)
 
 
-def test_a_solo_speed_that_no_memory_could_explain_is_refused() -> None:
-    """80 layers of 40 µs take 3.2 ms: 1000 tok/s cannot be."""
-    with pytest.raises(ValueError, match="80 layers"):
-        solo_rates(models.header("llama3.3-70b-q4km"), SETTINGS, decode_tokens_per_s=1000, prefill_tokens_per_s=1)
+def test_a_card_that_is_held_back_is_held_back_in_its_layers_fixed_costs_too() -> None:
+    """At half of its rate a card takes twice as long for everything: exactly twice the token, wherever its bytes are."""
+    profile = models.small(n_layers=6)
+    work, host = model_work(profile, SETTINGS), host_rates(Host())
+    alone = solo(0, n_gpus=1, n_layers=6)
+    promised = gpu_rates(FAST)
+    half = Calibration(rates={FAST.uuid: (promised.decode_bytes_per_s / 2, promised.prefill_flops_per_s)})
+    held = gpu_rates(FAST, half)
+    assert held.layer_s == 2 * LAYER_SECONDS
+    assert held.layer_bytes == promised.layer_bytes
+    slow, fast = (decode_seconds(work, alone, (rates,), host) for rates in (held, promised))
+    assert slow == pytest.approx(2 * fast)
+    learned = solo_rates(profile, SETTINGS, FAST, decode_tokens_per_s=1 / slow, prefill_tokens_per_s=1)
+    assert learned[0] == pytest.approx(held.decode_bytes_per_s)
+
+
+@pytest.mark.parametrize("order", ["fast first", "slow first"])
+def test_a_small_mixture_is_ranked_over_both_orders_as_its_cards_are(order: str) -> None:
+    """The output layer is a sixth of what such a token reads, and has no fixed costs: on the card that is held back it costs less
+    than its bytes alone would have it."""
+    profile = models.header("qwen3-30b-a3b-q4km")
+    rates = calibrated(profile, (270.0, 12000), (90.0, 2600))
+    placement = split(25, 24, order)
+    work, cards = model_work(profile, SETTINGS), tuple(gpu_rates(gpu, rates) for gpu in (FAST, SLOW))
+    slow = 24 - (order == "fast first")
+    fast_s, slow_s = 1 / 270, 1 / 90
+    share = (work.output_bytes / (work.output_bytes + work.read_prefix[-1] + 48 * cards[0].layer_bytes)) * (order == "fast first")
+    expected = (1 - share) * (slow / 48 * slow_s + (1 - slow / 48) * fast_s) + share * slow_s
+    assert decode_seconds(work, placement, cards, host_rates(Host())) == pytest.approx(expected, rel=0.05)

@@ -6,7 +6,7 @@ import pytest
 
 from planner.placement import solo
 from planner.settings import LoadSettings
-from planner.speed import LAYER_SECONDS, gpu_rates, predict_speed
+from planner.speed import gpu_rates, predict_speed
 from proxy.gpus.static import StaticSource
 from proxy.simulator.published import Run, published_rates, published_runs
 from tests.planner import models
@@ -17,8 +17,8 @@ RUNS = published_runs()
 
 def miss(run: Run) -> float:
     """The decode rate that is predicted from the card's data alone, over the published one."""
-    card = models.gpu("card", 1000, gb_per_s=run.card.bandwidth_bytes_per_s / 1e9, capability=run.card.compute_capability)
-    predicted_s = run.read_bytes / gpu_rates(card).decode_bytes_per_s + run.layers * LAYER_SECONDS
+    rates = gpu_rates(run.gpu)
+    predicted_s = run.read_bytes / rates.decode_bytes_per_s + run.layers * rates.layer_s
     return 1 / predicted_s / run.tokens_per_s
 
 
