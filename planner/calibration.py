@@ -2,8 +2,7 @@
 
 A token of an answer took ``t = Σ_d bytes_d · x_d + hops`` (``planner.speed``), where ``x_d`` is the slowness of device ``d`` in
 seconds per byte; ``bytes_d`` (with those that its layers' fixed costs stand for) and ``t`` are known, ``x_d`` is sought. A prompt
-took ``t = Σ_d w_d · y_d + (micro-batches − 1) · max_d w_d · y_d``, with the FLOP of a micro-batch ``w_d`` and the slowness
-``y_d``.
+took ``t = Σ_d w_d · y_d + (micro-batches − 1) · pace``, with the FLOP of a micro-batch ``w_d`` and the slowness ``y_d``.
 
 1. Of the answers of one placement, the one of median speed speaks for all: first loads, other programs and odd prompts that
    make up less than half of them change nothing.
@@ -26,7 +25,7 @@ from statistics import median
 
 from planner.hardware import Rig
 from planner.observation import Observation, Run
-from planner.speed import HOP_SECONDS, HOST, Calibration, gpu_rates, host_rates
+from planner.speed import HOP_SECONDS, HOST, JAM, Calibration, gpu_rates, host_rates, pace
 
 LEAST_DECODE_TOKENS = 32
 """Tokens of an answer below which its speed says too little: clocks still rise, and a hiccup counts for much."""
@@ -87,7 +86,7 @@ def calibrate(observations: Iterable[Observation], rig: Rig, *, model: str, expe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Row:
-    """One run in one phase: ``seconds = Σ work · slowness + overlap · max(work · slowness)``, seen in ``count`` answers."""
+    """One run in one phase: ``seconds = Σ work · slowness + overlap · pace(work · slowness)``, seen in ``count`` answers."""
 
     run: Run
     work: tuple[float, ...]
@@ -96,11 +95,11 @@ class _Row:
     count: int = 1
 
     def parts(self, slowness: Mapping[str, float]) -> dict[str, float]:
-        """Seconds of each device; the slowest of the stages that overlap counts for all of them."""
+        """Seconds of each device: its own, and its part in the pace of the stages that overlap."""
         parts = {device: work * slowness[device] for device, work in zip(self.run.devices, self.work, strict=True)}
         if self.overlap:
-            slowest = max(parts, key=lambda device: parts[device])
-            parts[slowest] *= 1 + self.overlap
+            between = pace(tuple(parts.values()))
+            parts = {device: part + self.overlap * between * (part / between) ** JAM for device, part in parts.items()}
         return parts
 
 
