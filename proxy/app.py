@@ -21,7 +21,8 @@ from planner.runnersup import with_runners_up
 from proxy.access import LAUNCH_PATH, bears_token, is_foreign, lacks_token, refuses_host, refuses_own, without_token
 from proxy.asgi import Application, Receive, Scope, Send
 from proxy.calibration import Calibrator, LearnedPlanner
-from proxy.catalog import Catalog, full_name
+from proxy.catalog import Catalog
+from proxy.dashboard import page
 from proxy.derived import Derived
 from proxy.endpoints import V1_PATHS, kind_of, parse_load_request
 from proxy.errors import GpuError, LopsidedError, UpstreamError
@@ -38,6 +39,7 @@ from proxy.measurements import Measurements
 from proxy.ollama import Ollama
 from proxy.options import stock
 from proxy.outgoing import as_it_is, outgoing
+from proxy.overview import Overview
 from proxy.placement import Placements
 from proxy.planjson import devices_json, plan_json
 from proxy.renaming import LIST_BYTES, Held, Renamed, shown_list
@@ -238,6 +240,9 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
     )
     calibrator = Calibrator(measurements, learned, placements, off=not settings.calibration)
     derived = Derived(ollama=ollama, catalog=catalog, enabled=settings.v1)
+    overview = Overview(
+        ollama=ollama, catalog=catalog, placements=placements, launches=launches, calibrator=calibrator, settings=settings
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -297,24 +302,16 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
 
     @own.get("/lopsided/models")
     async def models() -> JSONResponse:
-        entries = await ollama.loaded()
-        loaded = {full_name(entry.name): entry for entry in entries} | {entry.digest: entry for entry in entries}
-        rows = []
-        for in_force in placements.in_force():
-            actual = loaded.get(in_force.digest) or loaded.get(in_force.model)
-            placed = in_force.delivery.options or in_force.delivery.by_launcher
-            rows.append(
-                {
-                    "model": in_force.model,
-                    "placement": in_force.delivery.text,
-                    "options": dict(in_force.delivery.options),
-                    "loaded": actual is not None,
-                    "predicted_bytes": list(in_force.held_bytes or ()) if placed else [],
-                    "actual_vram_bytes": actual.vram_bytes if actual else None,
-                    "context_length": actual.context_length if actual else None,
-                    **await asyncio.to_thread(calibrator.speeds, in_force),
-                }
-            )
-        return JSONResponse({"models": rows})
+        return JSONResponse(await overview.models())
+
+    @own.get("/lopsided/launcher")
+    async def launcher() -> JSONResponse:
+        return JSONResponse(await overview.launcher())
+
+    content, headers = page()
+
+    @own.get(OWN_PATH + "/")
+    async def dashboard() -> Response:
+        return Response(content, headers=headers)
 
     return Proxy(settings, forwarder=forwarder, placements=placements, derived=derived, calibrator=calibrator, own=own)

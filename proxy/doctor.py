@@ -67,6 +67,8 @@ class Sight:
     rig: Rig | None = None
     gpu_problem: str = ""
     launcher: Installation | None = None
+    answering: bool | None = None
+    """Whether the launcher has asked the proxy that listens; ``None`` where that is not known."""
 
 
 async def look(settings: Settings, order: DeviceOrder, source: GpuSource) -> Sight:
@@ -86,6 +88,10 @@ async def look(settings: Settings, order: DeviceOrder, source: GpuSource) -> Sig
             pass
         except httpx.HTTPError:
             facts["listener"] = "another program"
+        if facts.get("listener") == "lopsided":
+            with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):  # it may want a token, or be older
+                said = await _json(client, settings.host.connectable(), "/lopsided/launcher")
+                facts["answering"] = said["state"] == "answering"
     try:
         facts["rig"] = source.rig()
     except GpuError as error:
@@ -171,7 +177,11 @@ def _launcher(sight: Sight) -> Iterator[Finding]:
         advice = f"With it models are split exactly as planned, on every endpoint: {again}"
         yield Finding(level="ok", subject="launcher", text="not installed: plans go out as request options", advice=advice)
     elif found.state == "installed":
-        if found.current:
+        if found.current and sight.answering is False:
+            advice = "It asks at the next load. If a load changes nothing, look for a line with lopsided: in Ollama's log"
+            text = f"in {found.library}; it has not asked this lopsided, so plans go out as request options"
+            yield Finding(level="ok", subject="launcher", text=text, advice=advice)
+        elif found.current:
             yield Finding(level="ok", subject="launcher", text=f"in {found.library}")
         else:
             yield Finding(level="warn", subject="launcher", text=f"in {found.library}, another version's", advice=again)

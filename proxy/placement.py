@@ -224,6 +224,11 @@ class Placements:
         entry = (await self._by_blob(await self._ollama.loaded())).get(blob)
         return await self.rig() if self._live else None, entry.vram_bytes if entry else None
 
+    @property
+    def watches(self) -> bool:
+        """Whether the rig's free bytes follow what is loaded."""
+        return self._live
+
     def take_back(self, blob: str) -> None:
         """The plan of ``blob`` turned out slower than stock: the next request that finds it idle gets another."""
         slot = self._slots.get(blob)

@@ -142,6 +142,12 @@ def _rates_json(decode_bytes_per_s: float, prefill_flops_per_s: float) -> dict[s
 
 
 def devices_json(rig: Rig, measured: Mapping[str, Calibration] = NOTHING) -> dict[str, Any]:
-    """All GPUs, in Ollama's order; ``measured`` as in ``Measurements.class_rates``."""
+    """All GPUs, in Ollama's order, ``device`` as llama.cpp calls each; ``measured`` as in ``Measurements.class_rates``."""
     shares = power_shares(raw_powers(rig.gpus))
-    return {"gpus": [gpu_json(gpu, index, power_share=shares[index], measured=measured) for index, gpu in enumerate(rig.gpus)]}
+    names = device_names(rig)
+    return {
+        "gpus": [
+            {"device": names[index], **gpu_json(gpu, index, power_share=shares[index], measured=measured)}
+            for index, gpu in enumerate(rig.gpus)
+        ]
+    }

@@ -93,6 +93,16 @@ async def test_who_holds_the_proxys_port_is_told_apart(app, listener):
     assert seen.listener == listener
 
 
+@pytest.mark.parametrize(("answer", "answering"), [({"state": "silent"}, False), ({"state": "answering"}, True), (None, None)])
+async def test_the_proxy_that_listens_says_whether_the_launcher_asks_it(answer, answering):
+    app = json_app({"/lopsided/health": {"name": "lopsided"}, "/lopsided/launcher": answer})
+    with serve(app, lifespan="off") as url:
+        seen = await look(settings(listen=int(url.rpartition(":")[2]), upstream=f"127.0.0.1:{free_port()}"), DeviceOrder(), PAIR)
+    installed = Installation(library=Path("/lib"), state="installed", current=True)
+    level, text = found(replace(seen, launcher=installed), "launcher")
+    assert (seen.answering, level, "has not asked" in text) == (answering, "ok", answering is False)
+
+
 async def test_an_ollama_that_is_down_and_gpus_that_do_not_answer_are_findings_not_errors():
     class Broken:
         def rig(self):

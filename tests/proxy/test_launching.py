@@ -37,8 +37,8 @@ SEEN = {"CUDA_VISIBLE_DEVICES": "0,1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "OLLAM
 class Machine:
     """A simulated Ollama, the proxy, and the launcher in a library folder."""
 
-    def __init__(self, simulator: Simulator, url: str, library: Library) -> None:
-        self.simulator, self.url, self.library = simulator, url, library
+    def __init__(self, simulator: Simulator, ollama: str, url: str, library: Library) -> None:
+        self.simulator, self.ollama, self.url, self.library = simulator, ollama, url, library
 
     def path(self, name: str) -> str:
         model = self.simulator.store.find(name)
@@ -93,7 +93,7 @@ def make_machine(tmp_path: Path, **proxy: Any) -> Iterator[Machine]:
     simulator = Simulator(RIG, demo_models())
     settings = {"source": simulator, **proxy}
     with serve(create_app(simulator)) as ollama, proxy_before(ollama, **settings) as url:
-        yield Machine(simulator, url, make_library(tmp_path / "ollama"))
+        yield Machine(simulator, ollama, url, make_library(tmp_path / "ollama"))
 
 
 def test_a_model_that_fits_a_card_goes_there_though_ollama_would_spread_it(machine):
@@ -276,6 +276,26 @@ def test_where_ollama_does_not_spread_a_solo_plan_still_goes_out_as_main_gpu(mac
     machine.launch("qwen2.5:32b", context=32768, OLLAMA_SCHED_SPREAD=None)
     assert machine.generate("qwen2.5:32b", num_ctx=32768).headers["x-lopsided-plan"].startswith("solo CUDA0; auto")
     assert machine.placed()["main_gpu"] == 0
+
+
+def test_what_the_launcher_placed_is_shown_whoever_the_client_was(machine):
+    def shown(path: str) -> Any:
+        return httpx.get(machine.url + path, timeout=10).raise_for_status().json()
+
+    assert shown("/lopsided/launcher")["delivery"] == "options"
+    for name in ("phi4:14b", "llama3.1:8b"):
+        body = {"model": name, "prompt": "x", "stream": False, "options": {"num_ctx": 4096, "num_predict": 1}}
+        httpx.post(machine.ollama + "/api/generate", json=body, timeout=10).raise_for_status()
+    machine.launch("phi4:14b", context=4096, CUDA_VISIBLE_DEVICES="1")
+    assert shown("/lopsided/launcher")["state"] == "answering"
+    assert shown("/lopsided/launcher")["delivery"] == "launcher"
+    rows = {row["model"].rpartition("/")[2]: row for row in shown("/lopsided/models")["models"]}
+    assert all(row["loaded"] and row["actual_vram_bytes"] > 0 for row in rows.values())
+    assert rows["llama3.1:8b"]["placement"] == "loaded past lopsided"
+    assert rows["llama3.1:8b"]["predicted_bytes"] == []
+    assert rows["phi4:14b"]["placement"].endswith("; by the launcher")
+    # the card is the one that the launch left visible, by its place in the list of devices
+    assert [held > 0 for held in rows["phi4:14b"]["predicted_bytes"]] == [False, True]
 
 
 @pytest.mark.parametrize(
