@@ -174,7 +174,6 @@ class Programs:
         )
         return found
 
-
     def _merged(self, tape: Tape) -> int:
         """Gemma 3n's residual streams as one again (``altup_unembd_proj``)."""
         wide, narrow, small = self._sizes[RESIDUAL][0], self._embedding_bytes, self._scale.tokens * F32
