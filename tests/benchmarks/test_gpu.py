@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.models import SHAPES, profile, tensors
+from benchmarks.gpu.models import HEAD, SCALE, SHAPES, profile, tensors
 from benchmarks.gpu.ollama import make_store
 from benchmarks.gpu.serverlog import last_load, placement_of
 from planner.settings import LoadSettings
@@ -51,6 +51,17 @@ def test_a_log_without_whole_layers_is_refused() -> None:
 def test_the_models_have_as_many_parameters_as_their_namesakes(name: str, billions: float) -> None:
     """Published counts; the vocabulary is Llama 3's throughout."""
     assert sum(prod(tensor.shape) for tensor in tensors(SHAPES[name])) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["1b", "8b", "32b", "70b"])
+def test_what_cuda_keeps_in_f16_stays_below_its_end(name: str) -> None:
+    """The rows of a matrix are alike, so its outputs are, and once normed they are all one: the sums are those of a row's weights.
+
+    A row's weights are -8 to 7 times ``SCALE``, evenly, so half a ``SCALE`` each on the average. Four deviations are added."""
+    width = SHAPES[name].width
+    output = SCALE * (width / 2 + 4 * sqrt(21.25 * width))
+    assert output**2 * HEAD < 65504 / 2  # a score: query times key
+    assert output**2 * 32 < 65504 / 2  # a block of the FFN: gate times up
 
 
 def test_a_store_is_made_of_links(tmp_path: Path) -> None:
