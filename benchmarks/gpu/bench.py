@@ -5,15 +5,19 @@
 ``--models`` is a folder with the GGUF files that ``cases.toml`` names; those of ``benchmarks.gpu.models`` are made there.
 ``--hold`` keeps so many SMs of the second GPU busy in each llama-server, and each case's ``free_mib`` is brought about by
 filling the rest: both take nvcc. ``--as-is`` leaves the GPUs as they are. ``--cards 0.42`` needs one GPU alone: it makes two
-cards of it (``cards.cpp``), the second with that part of its speed, each with the case's memory. What stands in ``--out`` is not
-run again; the rows are read by ``python -m benchmarks.gpu.report``. Ollama is started on ports of its own, with a store of its
-own; yours is not touched.
+cards of it (``cards.cpp``), the second with that part of its speed, each with the case's memory. Cases that are ``equal`` show
+what becomes of two equal cards: they run without any of that, and not at all where nothing makes the cards unequal.
+
+What is most telling runs first: each GPU alone, then every case's stock, automatic plan and sweep, equal cards, and the boost
+algorithm's layouts at last. What stands in ``--out`` is not run again; the rows are read by ``python -m benchmarks.gpu.report``.
+Ollama is started on ports of its own, with a store of its own; yours is not touched.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -21,12 +25,12 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.measure import asked, run_server, used_mib
+from benchmarks.gpu.measure import pci_ids, run_server, running, settled_mib, used_mib, wait_until_loaded
+from benchmarks.gpu.measure import post as complete
 from benchmarks.gpu.models import SAMPLING, SHAPES, write
 from benchmarks.gpu.ollama import clean_environment, get, lopsided, make_store, make_tree, post, process, unload
 from benchmarks.gpu.serverlog import last_load
@@ -44,6 +48,8 @@ PROMPT_WORDS = 1850
 ANSWER_TOKENS = 96
 UNFILLED_MIB = (66000, 66000)
 """Of two cards that one GPU stands for, in cases that do not say it."""
+SHARES = (0.38, 0.44)
+"""What ``--hold auto`` leaves of the second GPU: a model's smaller siblings keep a little more, by their constant costs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +62,8 @@ class Bench:
     server: Path
     cases: dict[str, dict[str, Any]]
     done: set[tuple[str, str]]
+    idle: list[float] = field(default_factory=list)
+    """MiB in use on each GPU while no model is loaded; as ``filled`` leaves it."""
 
     @property
     def server_environment(self) -> dict[str, str]:
@@ -63,19 +71,30 @@ class Bench:
         environment = clean_environment() | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         if self.args.cards:
             environment |= {"LD_PRELOAD": str(self.work / "cards.so"), "CARDS": str(self.work / "cards.txt")}
-        elif self.args.hold:
-            environment |= {"LD_PRELOAD": str(self.work / "hold.so"), "HOLD": f"{pci_ids()[1]}={self.args.hold}"}
+        elif self.args.hold != "0":
+            second = [*pci_ids(), "", ""][1]
+            environment |= {"LD_PRELOAD": str(self.work / "hold.so"), "HOLD": f"{second}={self.work / 'hold.txt'}"}
         return environment
+
+    @property
+    def unequal(self) -> bool:
+        """Whether something makes the cards unequal."""
+        return bool(self.args.cards) or self.args.hold != "0"
+
+    def hold(self, sms: int) -> None:
+        """Lets every llama-server, one that runs too, keep so many SMs of the second GPU busy."""
+        (part := self.work / "hold.part").write_text(f"{sms}\n")
+        part.replace(self.work / "hold.txt")
 
     @property
     def pci(self) -> tuple[str, ...]:
         """The GPUs' PCI ids, as llama-server prints them."""
-        return pci_ids(cards=bool(self.args.cards))
+        return ids_of_cards(cards=bool(self.args.cards))
 
     def add(self, case: str, way: str, row: dict[str, Any]) -> None:
         """Appends a row and says it in a line."""
         row = {"case": case, "way": way, "model": self.cases[case]["model"], "num_ctx": self.cases[case]["num_ctx"]} | row
-        row["held_sms"] = self.args.hold
+        row["held_sms"] = 0 if self.cases[case].get("equal") else int(self.args.hold)
         if self.args.cards:  # what NVML says is of both together
             row["cards"] = self.args.cards
             row = {key: value for key, value in row.items() if not key.startswith(("used_mib", "free_mib"))}
@@ -93,40 +112,55 @@ class Bench:
 
 @contextmanager
 def filled(bench: Bench, case: dict[str, Any]) -> Iterator[None]:
-    """GPUs with as much memory free as the case says."""
+    """GPUs with as much memory free as the case says, the second held back unless they are to be equal."""
+    equal = case.get("equal", False)
     if bench.args.cards:
-        free = case.get("free_mib", UNFILLED_MIB)
-        (bench.work / "cards.txt").write_text(f"{free[0]} 1\n{free[1]} {bench.args.cards}\n")
-        cards_profile(bench.work / "profile.toml", free, bench.args.cards)
+        free, share = case.get("free_mib", UNFILLED_MIB), 1.0 if equal else bench.args.cards
+        (bench.work / "cards.txt").write_text(f"{free[0]} 1\n{free[1]} {share}\n")
+        cards_profile(bench.work / "profile.toml", free, share)
         yield
         return
-    if bench.args.as_is or "free_mib" not in case or not used_mib():
+    if bench.args.hold != "0":
+        bench.hold(0 if equal else int(bench.args.hold))
+    if bench.args.as_is or not used_mib():
         yield
         return
-    leave = [str(word) for gpu, mib in enumerate(case["free_mib"]) for word in (gpu, mib)]
-    with subprocess.Popen([str(bench.work / "fill"), *leave], stdout=subprocess.PIPE, env=clean_environment()) as fill:
+    # without anything to fill, too: a GPU that some process has opened answers at once
+    leave = [str(word) for gpu, mib in enumerate(case.get("free_mib", (2**20, 2**20))) for word in (gpu, mib)]
+    environment = clean_environment() | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    with subprocess.Popen([str(bench.work / "fill"), *leave], stdout=subprocess.PIPE, env=environment) as fill:
         assert fill.stdout
-        for _ in case["free_mib"]:
+        for _ in leave[::2]:
             fill.stdout.readline()
+        bench.idle[:] = used_mib()
         try:
             yield
         finally:
             fill.kill()
+            bench.idle.clear()
+
+
+def split_arguments(split: str, device: str) -> list[str]:
+    """llama-server's for ``slow,fast`` layers, lowest layers on the slow GPU, or ``fast>slow``, lowest on the fast one."""
+    first, separator, second = split.partition(">") if ">" in split else split.partition(",")
+    gpus = (0, 1) if separator == ">" else (1, 0)
+    taken = [(f"{device}{gpu}", layers) for gpu, layers in zip(gpus, (first, second), strict=True) if layers != "0"]
+    arguments = ["-ngl", str(sum(int(layers) for _, layers in taken)), "--fit", "off"]
+    arguments += ["--device", ",".join(name for name, _ in taken)]
+    if len(taken) == 1:
+        return [*arguments, "--split-mode", "none", "--main-gpu", "0"]
+    return [*arguments, "--tensor-split", ",".join(layers for _, layers in taken)]
 
 
 def sweep(bench: Bench, name: str) -> None:
     """Every split of the case on llama-server itself, with the batch that Ollama would take."""
     case = bench.cases[name]
-    batch = 2048 if case["num_ctx"] > 32768 else 1024 if case["num_ctx"] > 4096 else 512
+    batch = case.get("batch") or (2048 if case["num_ctx"] > 32768 else 1024 if case["num_ctx"] > 4096 else 512)
     for split in case["sweep"]:
         if not bench.open(name, way := f"sweep {split}"):
             continue
-        slow, fast = split.split(",")
-        gpus = [gpu for gpu, layers in ((1, slow), (0, fast)) if layers != "0"]
         arguments = ["-c", str(case["num_ctx"]), "-b", str(batch), "-ub", str(batch), "-np", "1", "--flash-attn", "auto"]
-        arguments += ["-ngl", str(sum(map(int, split.split(",")))), "--fit", "off"]
-        arguments += ["--device", ",".join(f"{bench.args.device}{gpu}" for gpu in gpus)]
-        arguments += ["--tensor-split", split] if len(gpus) > 1 else ["--split-mode", "none", "--main-gpu", "0"]
+        arguments += split_arguments(split, bench.args.device)
         bench.add(
             name,
             way,
@@ -137,8 +171,9 @@ def sweep(bench: Bench, name: str) -> None:
                 environment=bench.server_environment,
                 log_path=bench.work / f"{name}.{split}.log",
                 runs=RUNS,
-                answer_tokens=ANSWER_TOKENS,
+                answer_tokens=case.get("answer_tokens", ANSWER_TOKENS),
                 sampling=SAMPLING,
+                idle=bench.idle,
             ),
         )
 
@@ -152,20 +187,24 @@ def ask(url: str, model: str, num_ctx: int, prompt: str, tokens: int) -> dict[st
     )
 
 
-def through_ollama(url: str, case: dict[str, Any], log: Path, pci: Sequence[str]) -> dict[str, Any]:
+def through_ollama(url: str, case: dict[str, Any], log: Path, bench: Bench) -> dict[str, Any]:
     """Loads the case's model through ``url`` and measures it; ``log`` is that Ollama's."""
     model, num_ctx = case["model"], case["num_ctx"]
+    answer_tokens = case.get("answer_tokens", ANSWER_TOKENS)
     row: dict[str, Any] = {}
+    begin = log.stat().st_size
     try:
+        settled_mib(bench.idle)
         if "first" in case:
             ask(url, case["first"], case["first_num_ctx"], "one two", 4)
         before, begin = used_mib(), log.stat().st_size
-        row["free_mib_before"] = free_mib()
         row["load_s"] = ask(url, model, num_ctx, "one two", 4)["load_duration"] / 1e9
         answers = []
         for run in range(RUNS):
             prompt = " ".join(f"{chr(97 + (run + i) % 26)}{chr(97 + i // 26 % 26)}" for i in range(PROMPT_WORDS))
-            answers.append(ask(url, model, num_ctx, prompt, ANSWER_TOKENS))
+            answers.append(ask(url, model, num_ctx, prompt, answer_tokens))
+            if (written := answers[-1].get("eval_count", 0)) < answer_tokens / 2:
+                raise RuntimeError(f"an answer of {written} tokens, {answers[-1].get('done_reason') or 'not done'}")
         row["decode_runs"] = [a["eval_count"] / a["eval_duration"] * 1e9 for a in answers]
         row["prefill_runs"] = [a["prompt_eval_count"] / a["prompt_eval_duration"] * 1e9 for a in answers]
         row["prompt_tokens"] = answers[-1]["prompt_eval_count"]
@@ -179,26 +218,19 @@ def through_ollama(url: str, case: dict[str, Any], log: Path, pci: Sequence[str]
             row["first_load_s"] = ask(url, case["first"], case["first_num_ctx"], "one two", 4).get("load_duration", 0) / 1e9
     except (RuntimeError, OSError, KeyError, ZeroDivisionError) as error:
         row["error"] = repr(error)
-        begin = 0
     with log.open("rb") as file:
         file.seek(begin)
         text = file.read().decode(errors="replace")
-    loaded = last_load(text, pci)
+    loaded = last_load(text, bench.pci)
     row |= {"order": loaded.order, "buffers_mib": loaded.buffers_mib, "fit_s": loaded.fit_s}
     row["commands"] = [line for line in text.splitlines() if "starting llama-server" in line][-3:]
     row["out_of_memory"] = text.count("out of memory")
     return row
 
 
-def free_mib() -> list[float]:
-    """MiB free on each GPU; an empty list without NVIDIA's tools."""
-    return [float(line) for line in asked("memory.free")]
-
-
-@cache
-def pci_ids(*, cards: bool = False) -> tuple[str, ...]:
-    """As CUDA writes them: a domain of four digits. Two ``cards`` that one GPU stands for are told apart by what follows."""
-    ids = tuple(line.strip().lower()[-12:] for line in asked("pci.bus_id"))
+def ids_of_cards(*, cards: bool) -> tuple[str, ...]:
+    """The GPUs' PCI ids, or of two ``cards`` that the first stands for, as ``cards.cpp`` tells them apart."""
+    ids = pci_ids()
     return tuple(f"{ids[0]}-v{card}" for card in (0, 1)) if cards and ids else ids
 
 
@@ -216,8 +248,9 @@ def held_profile(path: Path, share: float) -> None:
     """The cards as they are now, the second with ``share`` of its power: no driver says that a card is held back."""
     try:
         gpus = NvmlSource().rig().gpus
-    except GpuError:
-        gpus = StaticSource.from_arguments(["RTX 5090:8GiB", "RTX 5090:8GiB"]).rig().gpus
+    except GpuError:  # workers on this machine stand for them
+        given = StaticSource.from_arguments(["RTX 5090:8GiB", "RTX 5090:8GiB"]).rig().gpus
+        gpus = tuple(replace(gpu, library="RPC") for gpu in given)
     write_profile(path, gpus, share)
 
 
@@ -242,6 +275,7 @@ def write_profile(path: Path, gpus: Sequence[Gpu], share: float) -> None:
             f'uuid = "{gpu.uuid}"',
             f'total = "{gpu.total_bytes // MIB}MiB"',
             f'free = "{gpu.free_bytes // MIB}MiB"',
+            f'library = "{gpu.library}"',
         ]
         if gpu.compute_capability:
             lines.append('compute_capability = "{}.{}"'.format(*gpu.compute_capability))
@@ -256,10 +290,15 @@ def behind(bench: Bench, name: str, way: str) -> None:
     """One case through lopsided, tuned as ``way`` says."""
     case = bench.cases[name]
     environment = lopsided_environment(bench)
+    equal = case.get("equal", False)
     if way != "auto":
-        environment |= {"OLLAMA_SCHED_COMPUTE_BOOST": way.removeprefix("boost "), "LOPSIDED_STATE": "off"}
-    if not bench.args.cards and bench.args.hold and (way != "auto" or not bench.args.calibrate):
-        held_profile(profile := bench.work / "profile.toml", held_share(bench.args.out))
+        environment["OLLAMA_SCHED_COMPUTE_BOOST"] = way.removeprefix("boost ")
+    if way != "auto" or equal:
+        environment["LOPSIDED_STATE"] = "off"
+    calibrated = way == "auto" and (equal or bench.args.calibrate) and used_mib()
+    if not bench.args.cards and bench.unequal and not calibrated:
+        settled_mib(bench.idle)
+        held_profile(profile := bench.work / "profile.toml", 1.0 if equal else held_share(bench.args.out))
         environment["LOPSIDED_PROFILE"] = str(profile)
     log = bench.work / "lopsided.log"
     with process(lopsided(["serve"]), log=log, url=f"{PROXY}/lopsided/health", environment=environment):
@@ -272,7 +311,7 @@ def behind(bench: Bench, name: str, way: str) -> None:
                 plan = get(f"{PROXY}/lopsided/plan?model={case['model']}&num_ctx={case['num_ctx']}")
                 times.append(time.monotonic() - started)
             row = {"plan_s": times, "plan": plan["plan"], "stock_plan": plan["stock"]}
-        row |= through_ollama(PROXY, case, bench.work / "behind.log", bench.pci)
+        row |= through_ollama(PROXY, case, bench.work / "behind.log", bench)
         row["models"] = get(f"{PROXY}/lopsided/models")
         unload(BEHIND)
         row["said"] = log.read_text(errors="replace")[begin:][-4000:]
@@ -313,45 +352,69 @@ def build_cards(work: Path) -> None:
 
 
 def build_tools(work: Path) -> None:
-    """``hold.so`` and ``fill``, by nvcc."""
-    if not (work / "fill").exists():
-        subprocess.run(
-            ["nvcc", "-O2", "-shared", "-Xcompiler", "-fPIC", "-arch=native", "-o", str(work / "hold.so"), str(HERE / "hold.cu")],
-            check=True,
-        )
-        subprocess.run(["nvcc", "-O2", "-arch=native", "-o", str(work / "fill"), str(HERE / "fill.cu")], check=True)
+    """``hold.so`` and ``fill``, by nvcc, where they are not there yet."""
+    for name, more in (("hold.so", ["-shared", "-Xcompiler", "-fPIC"]), ("fill", [])):
+        if not (work / name).exists():
+            source = HERE / f"{name.removesuffix('.so')}.cu"
+            subprocess.run(["nvcc", "-O2", "-arch=native", *more, "-o", str(work / name), str(source)], check=True)
 
 
 def tuned(bench: Bench) -> int:
-    """How many SMs to hold so that the second GPU decodes at 0.38 to 0.46 of the first's rate, by trying on the first case."""
+    """How many SMs to hold so that the second GPU decodes at ``SHARES`` of its own rate, by trying on the first case's model."""
     case = next(iter(bench.cases.values()))
-    rates: dict[int, float] = {}
+    arguments = ["-c", "4096", "-b", "512", "-ub", "512", "-np", "1", "-ngl", "999", "--fit", "off", "--split-mode", "none"]
+    arguments += ["--main-gpu", "0", "--device", f"{bench.args.device}1"]
+    model, rates = str(bench.models / f"{case['model']}.gguf"), {}
+    bench.hold(0)
+    with running(str(bench.server), model, arguments, environment=bench.server_environment, log_path=bench.work / "hold.log") as (
+        port,
+        process,
+    ):
+        wait_until_loaded(port, process)
 
-    def rate(gpu: int, sms: int) -> float:
-        arguments = ["-c", "4096", "-b", "512", "-ub", "512", "-ngl", "999", "--fit", "off", "--device", f"CUDA{gpu}"]
-        bench.args.hold = sms
-        row = run_server(
-            str(bench.server),
-            str(bench.models / f"{case['model']}.gguf"),
-            [*arguments, "--split-mode", "none"],
-            environment=bench.server_environment,
-            log_path=bench.work / "hold.log",
-            runs=2,
-            answer_tokens=48,
-            sampling=SAMPLING,
-        )
-        return float(row.get("decode", 0.0))  # type: ignore[arg-type]
+        def rate(sms: int) -> float:
+            bench.hold(sms)
+            time.sleep(0.5)
+            body = {"prompt": "a b", "n_predict": 48, "ignore_eos": True, "cache_prompt": False, **SAMPLING}
+            return float(complete(port, "/completion", body)["timings"]["predicted_per_second"])  # type: ignore[index]
 
-    first = rate(0, 0)
-    low, high = 0, 2 * NvmlSource().rig().gpus[1].sm_count  # twice as many as there are: two kernels in flight
-    for _ in range(8):
-        sms = (low + high) // 2
-        rates[sms] = rate(1, sms) / first
-        print(f"{sms} SMs held: {rates[sms]:.2f} of the first GPU's decode rate", flush=True)
-        if 0.38 <= rates[sms] <= 0.46:
-            break
-        low, high = (sms, high) if rates[sms] > 0.46 else (low, sms)
-    return min(rates, key=lambda sms: abs(rates[sms] - 0.42))
+        rate(0)
+        free = rate(0)
+        low, high = 0, 2 * (sms_of_second() or 132)  # twice as many as there are: two kernels in flight
+        for _ in range(8):
+            sms = (low + high) // 2
+            rates[sms] = rate(sms) / free
+            print(f"{sms} SMs held: {rates[sms]:.2f} of the GPU's decode rate of {free:.1f} tokens/s", flush=True)
+            if SHARES[0] <= rates[sms] <= SHARES[1]:
+                break
+            low, high = (sms, high) if rates[sms] > SHARES[1] else (low, sms)
+    return min(rates, key=lambda sms: abs(rates[sms] - sum(SHARES) / 2))
+
+
+def sms_of_second() -> int | None:
+    """Multiprocessors of the second GPU."""
+    try:
+        return NvmlSource().rig().gpus[1].sm_count
+    except (GpuError, IndexError):
+        return None
+
+
+def steps(bench: Bench) -> Iterator[tuple[str, list[str], bool]]:
+    """A case, the ways that are still to be run and whether its sweep is; what is most telling first."""
+    cases = {name: case for name, case in bench.cases.items() if bench.unequal or not case.get("equal")}
+
+    def ways(name: str, wanted: Sequence[str]) -> list[str]:
+        return [way for way in cases[name].get("ways", WAYS) if way in wanted and bench.open(name, way)]
+
+    for equal in (False, True):
+        for name, case in cases.items():
+            if bool(case.get("equal")) is equal:
+                todo, swept = ways(name, WAYS[:2]), any(bench.open(name, f"sweep {split}") for split in case["sweep"])
+                if todo or swept:
+                    yield name, todo, swept
+    for name in cases:
+        if todo := ways(name, WAYS[2:]):
+            yield name, todo, False
 
 
 def run(bench: Bench) -> None:
@@ -374,23 +437,23 @@ def run(bench: Bench) -> None:
             running.enter_context(process(command, log=log, url=f"{url}/api/version", environment=environment))
         with filled(bench, {}):
             calibrate(bench)
-        for name, case in bench.cases.items():
-            todo = [way for way in case.get("ways", WAYS) if bench.open(name, way)]
-            splits = [split for split in case["sweep"] if bench.open(name, f"sweep {split}")]
-            if not todo and not splits:
-                continue
-            with filled(bench, case):
+        for name in ("stock", "behind"):  # what it thinks of the GPUs decides on flash attention
+            found = re.findall(r'msg="inference compute".*', (bench.work / f"{name}.log").read_text(errors="replace"))
+            print(*found[-2:], sep="\n", flush=True)
+        for name, todo, swept in steps(bench):
+            with filled(bench, bench.cases[name]):
                 for way in todo:
                     try:
                         if way == "stock":
-                            row = through_ollama(STOCK, case, bench.work / "stock.log", bench.pci)
+                            row = through_ollama(STOCK, bench.cases[name], bench.work / "stock.log", bench)
                             unload(STOCK)
                             bench.add(name, way, row)
                         else:
                             behind(bench, name, way)
                     except (RuntimeError, OSError) as error:  # to be run again
                         print(f"{name} {way}: {error}", file=sys.stderr, flush=True)
-                sweep(bench, name)
+                if swept:
+                    sweep(bench, name)
 
 
 def main() -> int:
@@ -437,8 +500,9 @@ def main() -> int:
         cases=cases,
         done={(row["case"], row["way"]) for row in rows},
     )
-    held = next((row["held_sms"] for row in rows), None) if args.hold == "auto" else int(args.hold)
-    args.hold = tuned(bench) if held is None else held
+    if args.hold == "auto":
+        held = next((row["held_sms"] for row in rows if row["held_sms"]), None)
+        args.hold = str(held or tuned(bench))
     run(bench)
     return 0
 

@@ -1,14 +1,17 @@
 // Holds a GPU back from inside llama-server's process, so that it runs like a smaller one:
 //     nvcc -O2 -shared -Xcompiler -fPIC -o hold.so hold.cu
-//     LD_PRELOAD=./hold.so HOLD=0000:07:00.0=126 llama-server …
-// keeps 126 SMs of that device (its PCI id, as nvidia-smi prints it) busy with short kernels whose blocks take a whole SM's
-// shared memory each; in processes that load a model, not in those that only list devices.
+//     LD_PRELOAD=./hold.so HOLD=0000:07:00.0=hold.txt llama-server …
+// keeps as many SMs of that device (its PCI id, as nvidia-smi prints it) busy as hold.txt says, with short kernels whose blocks
+// take a whole SM's shared memory each. The file is read again several times a second, so the hold can change while a model is
+// loaded. Only in llama-servers that load a model: not in those that list devices, nor in the shell script that starts one.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <thread>
+
+#include <unistd.h>
 
 static std::atomic<bool> ended{false};
 
@@ -20,6 +23,11 @@ __global__ void spin(long long cycles) {
 }
 
 static bool loads_a_model() {
+  char path[4096];
+  const ssize_t bytes = readlink("/proc/self/exe", path, sizeof path - 1);
+  path[bytes > 0 ? bytes : 0] = 0;
+  const char *slash = strrchr(path, '/');
+  if (!slash || strncmp(slash + 1, "llama-server", strlen("llama-server"))) return false;
   FILE *file = fopen("/proc/self/cmdline", "r");
   char word[4096];
   size_t length = 0;
@@ -35,7 +43,16 @@ static bool loads_a_model() {
   return found;
 }
 
-static void hold(std::string pci_id, int sms) {
+static int sms_in(const std::string &path) {
+  int sms = 0;
+  if (FILE *file = fopen(path.c_str(), "r")) {
+    if (fscanf(file, "%d", &sms) != 1) sms = 0;
+    fclose(file);
+  }
+  return sms;
+}
+
+static void hold(std::string pci_id, std::string path) {
   const char *given = getenv("HOLD_CYCLES");
   const long long cycles = given ? atoll(given) : 1000000LL;
   const int shared_bytes = 220 * 1024;
@@ -48,20 +65,25 @@ static void hold(std::string pci_id, int sms) {
   cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest);
   cudaEvent_t done[2];
   for (cudaEvent_t &event : done) cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync);
-  fprintf(stderr, "hold: %d SMs of device %d\n", sms, device);
+  int sms = 0;
   for (long i = 0; !ended; i++) {  // two launches in flight, so that the SMs are never free
     if (i >= 2) cudaEventSynchronize(done[i & 1]);
+    if (const int now = i % 256 ? sms : sms_in(path); now != sms)
+      fprintf(stderr, "hold: %d SMs of device %d\n", sms = now, device);
+    if (sms <= 0) {
+      usleep(500);
+      continue;
+    }
     spin<<<sms, 32, shared_bytes, stream>>>(cycles);
     cudaEventRecord(done[i & 1], stream);
   }
 }
 
 __attribute__((constructor)) static void begin() {
-  char pci_id[32];
-  int sms;
+  char pci_id[32], path[4096];
   const char *given = getenv("HOLD");
-  if (given && sscanf(given, "%31[^=]=%d", pci_id, &sms) == 2 && sms > 0 && loads_a_model())
-    std::thread(hold, std::string(pci_id), sms).detach();
+  if (given && sscanf(given, "%31[^=]=%4095[^\n]", pci_id, path) == 2 && loads_a_model())
+    std::thread(hold, std::string(pci_id), std::string(path)).detach();
 }
 
 __attribute__((destructor)) static void end() { ended = true; }

@@ -20,8 +20,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import pynvml
 
 from benchmarks.gpu.serverlog import last_load
 
@@ -31,18 +35,34 @@ DECODE_TOKENS = 96
 SAMPLING = {"temperature": 1.0}
 
 
-def asked(field: str) -> list[str]:
-    """``field`` of each NVIDIA GPU, by nvidia-smi; an empty list without one."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+def _gpus() -> list[Any]:
+    """NVML's handles, by PCI id; an empty list without NVIDIA's driver."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
         return []
+
+
+def pci_ids() -> tuple[str, ...]:
+    """The GPUs' PCI ids as CUDA writes them, with a domain of four digits."""
+    found = (pynvml.nvmlDeviceGetPciInfo(gpu).busId for gpu in _gpus())
+    return tuple((name.decode() if isinstance(name, bytes) else str(name)).lower()[-12:] for name in found)
 
 
 def used_mib() -> list[float]:
     """MiB in use on each GPU."""
-    return [float(line) for line in asked("memory.used")]
+    return [pynvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**20 for gpu in _gpus()]
+
+
+def settled_mib(idle: Sequence[float], patience_s: float = 15.0) -> list[float]:
+    """``used_mib``, once no GPU has more in use than when it was ``idle``: what has ended frees memory a little later."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        used = used_mib()
+        if time.monotonic() > deadline or all(now <= then + 32 for now, then in zip(used, idle, strict=False)):
+            return used
+        time.sleep(0.1)
 
 
 def post(port: int, path: str, body: dict[str, object], timeout_s: float = 300) -> dict[str, object]:
@@ -60,8 +80,28 @@ def wait_until_loaded(port: int, server: subprocess.Popen[bytes]) -> None:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
+            time.sleep(0.1)
     raise RuntimeError("the server ended or did not load in time")
+
+
+@contextmanager
+def running(
+    server: str, model: str, arguments: Sequence[str], *, environment: Mapping[str, str], log_path: Path
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A llama-server until the block ends, by its port; it need not have loaded yet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [server, "--model", model, "--port", str(port), "--host", "127.0.0.1", "--offline", "--no-webui"]
+    command += ["--log-verbosity", "4", *arguments]
+    with log_path.open("wb") as log, subprocess.Popen(command, env=dict(environment), stdout=log, stderr=log) as process:
+        try:
+            yield port, process
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            process.kill()
 
 
 def rates(port: int, runs: int, answer_tokens: int, sampling: Mapping[str, float]) -> dict[str, object]:
@@ -92,17 +132,13 @@ def run_server(
     runs: int = 3,
     answer_tokens: int = DECODE_TOKENS,
     sampling: Mapping[str, float] = SAMPLING,
+    idle: Sequence[float] = (),
 ) -> dict[str, object]:
-    """Starts llama-server with ``arguments``, measures it and ends it: one row."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [server, "--model", model, "--port", str(port), "--host", "127.0.0.1", "--offline", "--no-webui"]
-    command += ["--log-verbosity", "4", *arguments]
+    """Starts llama-server with ``arguments``, measures it and ends it: one row. ``idle`` as in ``settled_mib``."""
     row: dict[str, object] = {"args": arguments}
-    before = used_mib()
+    before = settled_mib(idle)
     started = time.monotonic()
-    with log_path.open("wb") as log, subprocess.Popen(command, env=dict(environment), stdout=log, stderr=log) as process:
+    with running(server, model, arguments, environment=environment, log_path=log_path) as (port, process):
         try:
             wait_until_loaded(port, process)
             row["load_s"] = time.monotonic() - started
@@ -111,8 +147,6 @@ def run_server(
             row["used_mib_after_runs"] = [now - then for now, then in zip(used_mib(), before, strict=True)]
         except (RuntimeError, OSError, KeyError) as error:
             row["error"] = repr(error)
-        finally:
-            process.terminate()
     log_text = log_path.read_text(errors="replace")
     loaded = last_load(log_text)
     row |= {"order": loaded.order, "buffers_mib": loaded.buffers_mib}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod, sqrt
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks.gpu.models import HEAD, SCALE, SHAPES, profile, tensors
 from benchmarks.gpu.ollama import make_store
+from benchmarks.gpu.report import Load, calibrations, understood, verdicts
 from benchmarks.gpu.serverlog import last_load, placement_of
 from planner.settings import LoadSettings
 
@@ -53,9 +55,30 @@ def test_the_models_have_as_many_parameters_as_their_namesakes(name: str, billio
     assert sum(prod(tensor.shape) for tensor in tensors(SHAPES[name])) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
+def test_the_report_judges_measured_rows() -> None:
+    """What two H200 gave, the second held back: predictions from the solo rows, buffers and NVML's bytes are as promised."""
+    rows = json.loads((Path(__file__).parents[1] / "data" / "two_h200.json").read_text())["rows"]
+    cases: dict[str, list[Load]] = {"solo-8b": [], "solo-moe30": [], "slow-card": [], "moe": []}
+    for row in rows:
+        if row["second_gpu_held"] and row["model"] in ("8b", "moe30"):
+            solo, words = "none" in row["args"], row["args"].split()
+            case = f"solo-{row['model']}" if solo else {"8b": "slow-card", "moe30": "moe"}[row["model"]]
+            order = words[words.index("--device") + 1].split(",")
+            cases[case].append(understood(row | {"case": case, "way": "sweep", "args": words, "order": order}))
+    loads = [load for case in cases.values() for load in case]
+    said = "\n".join(verdicts(cases, [], calibrations(loads)))
+    assert "decode predicted within 10 % | 8 of 8" in said
+    assert "buffers as llama-server prints them, within 2 % or 128 MiB | 20 of 20" in said
+    assert "memory in use by NVML, within 2 % or 128 MiB | 20 of 20" in said
+    slower = [replace(load, row=load.row | {"way": "auto", "decode": load.row["decode"] * 0.9}) for load in cases["moe"][:1]]
+    said = "\n".join(verdicts(cases | {"moe": [*cases["moe"], *slower]}, [], calibrations(loads)))
+    assert "| automatic ≥ 0.97 × the best of the sweep | moe 0." in said
+    assert "**no**" in said
+
+
 @pytest.mark.parametrize("name", ["1b", "8b", "32b", "70b"])
 def test_what_cuda_keeps_in_f16_stays_below_its_end(name: str) -> None:
-    """The rows of a matrix are alike, so its outputs are, and once normed they are all one: the sums are those of a row's weights.
+    """The rows of a matrix are alike, so its outputs are, and so are the normed inputs: sums are those of a row's weights.
 
     A row's weights are -8 to 7 times ``SCALE``, evenly, so half a ``SCALE`` each on the average. Four deviations are added."""
     width = SHAPES[name].width
