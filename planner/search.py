@@ -229,7 +229,7 @@ class Search:
             cpu = placement.cpu_layers - (source is None)
             return replace(placement, layers=tuple(now), order=order, cpu_layers=cpu)
 
-        if placement.cpu_layers:
+        if placement.cpu_layers and runs:
             library = self.rig.gpus[runs[0][0]].library
             idle = [i for i, gpu in enumerate(self.rig.gpus) if gpu.library == library and i not in placement.order]
             for gpu in (runs[0][0], *idle):

@@ -33,3 +33,11 @@ def test_the_plan_itself_stays_as_it_is() -> None:
     told = with_runners_up(plan)
     assert (told.chosen, told.stock, told.reasons) == (plan.chosen, plan.stock, plan.reasons)
     assert set(map(id, told.alternatives)) == set(map(id, plan.alternatives))
+
+
+def test_a_model_that_stays_in_ram_has_no_layers_to_move() -> None:
+    """No GPU has room for what a load takes beside its layers: the plan is shown all the same."""
+    rig = models.rig(models.gpu("a", 600, gb_per_s=900), models.gpu("b", 600, gb_per_s=400))
+    plan = make_plan(models.header("llama3.1-8b-q4km"), rig, PlanRequest(num_ctx=8192))
+    assert plan.chosen.placement.kind == "cpu"
+    assert with_runners_up(plan).chosen is plan.chosen
