@@ -51,8 +51,7 @@ class LayerGraph:
     * ``normed``: the first norm came from the device before.
     * ``has_states``, ``fetches_states``: a Mamba layer's convolution states are fetched by the layer before that mixes tokens.
     * ``pipelined``: the device keeps copies of all that comes from elsewhere.
-    * ``experts``: ``away``: they lie in RAM and the first device computes them; ``only``: this is that device's share of it,
-      with a second weight on its way.
+    * ``experts``: ``away``: they lie in RAM and the first device computes them; ``only``: this is that device's share of it.
     * ``borrowed``: names of the copies of another layer's keys and values, where its cache lies elsewhere.
     * ``per_layer``: the name of what holds its per-layer embeddings.
     * ``brings``: sizes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
@@ -103,9 +102,7 @@ class LayerGraph:
         self._projects_late = profile.architecture in PROJECTS_LATE
         self._experts_away = experts == "away"
         if experts == "only":
-            spare = self.tape.op(max(t.bytes for name, t in self._weights.items() if "_exps" in name))
-            self.result = self._experts(self._op(self._width))
-            self.tape.use(spare)
+            self.result = self._foreign_experts()
             return
         self.result = self._layer(last=last, normed=normed)
         for name in tuple(self._brings):
@@ -524,30 +521,64 @@ class LayerGraph:
         chosen = self.tape.op(experts * tokens * I32, biased)
         weights = self._op(used, probabilities, chosen)
         weights = self._op(used, weights)
+        if self._profile.architecture == "llama4":  # weighted before the experts, not after
+            x = self._in_place(self._op(used * self._width, x), weights)
         if self._experts_away:
             self.tape.use(x, chosen, weights)
             return self._op(self._width)
-        if profile.architecture == "llama4":  # weighted before the experts, not after
-            x = self._in_place(self._op(used * self._width, x), weights)
-        if self._has("ffn_gate_up_exps"):
-            inner = self._out("ffn_gate_up_exps") // 2
-            both = self._op(2 * inner * used, x, chosen, *self._copied("ffn_gate_up_exps.weight", expert=True))
-            hidden = self._op(inner * used, both)
+        return self._routed(x, chosen, weights)
+
+    def _foreign_experts(self) -> int:
+        """The experts alone, on another device than their layer: what they read arrives with the first weight that needs it."""
+        return self._routed(None, None, None)
+
+    def _routed(self, x: int | None, chosen: int | None, weights: int | None) -> int:
+        """The experts' matrices, and the sum of their results."""
+        tape, tokens = self.tape, self._tokens
+        experts, used = self._profile.expert_count, self._profile.experts_used
+        early = self._profile.architecture == "llama4"  # weighted already
+        merged = self._has("ffn_gate_up_exps")
+        gated = merged or self._has("ffn_gate_exps")
+        first = "ffn_gate_up_exps" if merged else "ffn_gate_exps" if gated else "ffn_up_exps"
+        matrix = self._copied(f"{first}.weight", expert=True)
+        if x is None:
+            x = self._op(self._width * (used if early else 1))
+        if chosen is None:
+            chosen = tape.op(((tokens - 1) * experts + used) * I32)  # a view of all experts in their order
+        product = self._biased(self._op(self._out(first) * used, x, chosen, *matrix), first, chosen)
+        if merged:
+            hidden = self._op(self._out(first) // 2 * used, product)
+        elif gated:
+            matrix = self._copied("ffn_up_exps.weight", expert=True)
+            up = self._biased(self._op(self._out("ffn_up_exps") * used, x, chosen, *matrix), "ffn_up_exps", chosen)
+            hidden = self._op(self._out("ffn_up_exps") * used, product, up)
         else:
-            inner = self._out("ffn_up_exps")
-            if self._has("ffn_gate_exps"):
-                gate = self._op(inner * used, x, chosen, *self._copied("ffn_gate_exps.weight", expert=True))
-                up = self._op(inner * used, x, chosen, *self._copied("ffn_up_exps.weight", expert=True))
-                hidden = self._op(inner * used, gate, up)
-            else:
-                hidden = self._in_place(self._op(inner * used, x, chosen, *self._copied("ffn_up_exps.weight", expert=True)))
-        weight = self._copied("ffn_down_exps.weight", expert=True)
-        if not self._has("ffn_up_shexp"):
+            hidden = self._in_place(product)
+        matrix = self._copied("ffn_down_exps.weight", expert=True)
+        last = self._host_experts and not (self._offloaded and self._has("ffn_up_shexp"))
+        biased = "ffn_down_exps.bias" in self._weights
+        if weights is None and not early and not biased:
+            weights = self._op(used)
+        if last and not biased:
             self._bring_the_rest()
-        down = self._op(self._width * used, hidden, chosen, *weight)
-        if profile.architecture != "llama4":
+        down = self._op(self._width * used, hidden, chosen, *matrix)
+        if biased:
+            bias = self._copied("ffn_down_exps.bias", expert=True)
+            if weights is None:
+                weights = self._op(used)
+            if last:
+                self._bring_the_rest()
+            down = self._op(self._width * used, down, chosen, *bias)
+        if not early and weights is not None:
             down = self._in_place(down, weights)
         return self._op(self._width, down)
+
+    def _biased(self, product: int, name: str, chosen: int) -> int:
+        """``ggml_add_id``, a new tensor."""
+        if f"{name}.bias" not in self._weights:
+            return product
+        bias = self._copied(f"{name}.bias", expert=True)
+        return self.tape.op(self.tape.size(product), product, chosen, *bias)
 
     def _mixture(self, x: int) -> int:
         """Routed experts, and the shared ones where a layer has them."""

@@ -135,13 +135,13 @@ class Programs:
             self._made[key] = graph.tape.compile({}, sizes=self._sizes, kept=frozenset(self._sizes))
         return self._made[key]
 
-    def next_norm(self) -> Program:
-        """The first norm of the next device's first layer."""
-        key = "next norm"
+    def handed_over(self, *, norm: bool) -> Program:
+        """The residual goes to the next device; with it, the first norm of that device's first layer."""
+        key = ("handed over", norm)
         if key not in self._made:
             tape = Tape()
-            result = tape.op(self._sizes[NORMED][0])
-            self._made[key] = tape.compile({NORMED: result}, sizes={})
+            tape.use(RESIDUAL, *((tape.op(self._sizes[NORMED][0], RESIDUAL),) if norm else ()))
+            self._made[key] = tape.compile({}, sizes={RESIDUAL: self._sizes[RESIDUAL]})
         return self._made[key]
 
     def output(self, *, pinned: bool) -> Program:

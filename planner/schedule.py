@@ -186,9 +186,11 @@ class Schedules:
         borrowed = {} if part.copies > 1 else self._borrowed(part)
         if not part.visitors:
             for i in own:
+                if part.first and any(host < i for host in part.host_experts):
+                    break  # what comes later is copied along with weights from RAM
                 inputs += self._copied_to(i, borrowed.get(i, ()))
                 inputs += [slice_name(i)] if self._has(PER_LAYER) and not part.first and part.copies == 1 else []
-            inputs += [OUTPUT_ROWS] if late_output else []
+            inputs += [OUTPUT_ROWS] if late_output and not (part.first and part.host_experts) else []
         if normed and own and not part.visitors:  # the residual itself is first read where the first layer adds to it
             arrival += self._copied_to(own.start, borrowed.get(own.start, ()))
         names = dict.fromkeys((*arrival, RESIDUAL, *inputs))
@@ -196,8 +198,9 @@ class Schedules:
         prelude = part.first and not fed
         programs = [self._programs.prelude(part.copies > 1)] if prelude else []
         programs += self._layers(part, own, normed=normed, fed=fed, late_output=late_output, borrowed=borrowed)
+        if own and not part.output:
+            programs.append(self._programs.handed_over(norm=part.sends_norm and self._begins_normed(part.layers.stop)))
         programs += [self._programs.foreign(i) for i in part.foreign_experts]
-        programs += [self._programs.next_norm()] if part.sends_norm and self._begins_normed(part.layers.stop) else []
         programs += [self._programs.output(pinned=part.copies > 1 and not own)] if part.output else []
         return Schedule(
             unnamed=(
@@ -234,6 +237,9 @@ class Schedules:
         if not part.first:
             last_reader[PER_LAYER] = self._n  # among the device's unnamed tensors, see _slices
         waiting = set(first_reader) - {PER_LAYER, DEEPSTACK} if part.visitors else set()
+        stops = sorted(part.host_experts) if part.first else []
+        if stops and not part.visitors:
+            waiting = {name for name in first_reader if first_reader[name] > stops[0]} - {PER_LAYER, DEEPSTACK}
         everything_given = self.host_inputs.union(last_reader)  # a visitor may read what this device has no copy of
         ends = set(last_reader.values())
         programs = []
@@ -242,7 +248,10 @@ class Schedules:
             visits = i in part.visitors
             brings = {name for name in waiting if first_reader[name] == i and visits}
             if visits and i == part.visitors[-1]:
-                brings = waiting
+                brings = {name for name in waiting if not stops or first_reader[name] <= stops[0]}
+            if part.first and i in part.host_experts:
+                following = next((stop for stop in stops if stop > i), self._n)
+                brings = {name for name in waiting if first_reader[name] <= following}
             waiting = waiting - brings
             kept = everything_given - ({PER_LAYER} if i == 0 and not (fed and pinned) else set())
             if i in ends and not pinned:
@@ -256,7 +265,7 @@ class Schedules:
                     host_experts=i in part.host_experts,
                     experts_away=i in part.host_experts and not part.first,
                     normed=begins and normed,
-                    brings=tuple(sorted(brings, reverse=True)),
+                    brings=tuple(name for name in first_reader if name in brings),
                     has_states=i in fetched,
                     fetches_states=i in fetched.values(),
                     pipelined=pinned,
