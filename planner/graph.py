@@ -135,7 +135,8 @@ class LayerGraph:
     def _bring_the_rest(self) -> None:
         """With the last weight from RAM begins a part of the graph that goes on into the device's own layers."""
         for name in tuple(self._brings):
-            if name not in (self._mask, POSITIONS, self._key_rotation, self._value_rotation):  # these have their moment
+            early = (self._mask, POSITIONS, self._key_rotation, self._value_rotation)  # these have their moment
+            if name not in early or not self._offloaded:
                 self._bring(name)
 
     def _project(self, name: str, x: int) -> int:
@@ -168,8 +169,9 @@ class LayerGraph:
         return rotation_bytes(self._profile, self._scale, matrix)
 
     def _bring_all(self, names: tuple[int, ...]) -> None:
-        for name in names:
-            self._bring(name)
+        if self._offloaded:  # a layer of the device's own brings what others read, with the last weight from RAM
+            for name in names:
+                self._bring(name)
 
     def _in_place(self, x: int, *others: int) -> int:
         return self.tape.in_place(x, *others)
@@ -345,7 +347,7 @@ class LayerGraph:
         else:
             q = self._project("attn_q", x)
         weight = self._copied("attn_k_b.weight")
-        self._bring(POSITIONS)
+        self._bring_all((POSITIONS,))
         absorbed = self._op(heads * rank, q, *weight)
         position = self._op(heads * rope, q, self.brought.get(POSITIONS, POSITIONS))
         query = self._op(heads * self._cache.key_elements, absorbed, position)
@@ -388,9 +390,13 @@ class LayerGraph:
     def _convolution(self, x: int, channels: int, taps: int, *fetched: int) -> int:
         """The last states before the tokens, transposed, then ``ggml_ssm_conv``."""
         states = STATES if self._has_states else fetched[0] if fetched else self._state((taps - 1) * channels)
-        joined = self.tape.op((self._tokens + (taps - 1) * self._scale.sequences) * channels * F32, states, x)
+        joined = self._joined(x, channels, taps, states)
         weight = self._copied("ssm_conv1d.weight")
         return self._in_place(self._op(channels, joined, *weight))
+
+    def _joined(self, x: int, channels: int, taps: int, states: int) -> int:
+        """The states before the tokens."""
+        return self.tape.op((self._tokens + (taps - 1) * self._scale.sequences) * channels * F32, states, x)
 
     def _first_states(self) -> tuple[int, ...]:
         """The first Mamba layer of a device fetches its own states, before anything else."""
@@ -413,17 +419,34 @@ class LayerGraph:
         groups, heads = profile.integer("ssm.group_count"), profile.integer("ssm.time_step_rank")
         head = inner // max(heads, 1)
         channels = inner + 2 * groups * state
-        mixed = self._project("attn_qkv", x) if self._has("attn_qkv") else self._op(channels, self._project("ssm_in", x))
-        convolved = self._convolution(mixed, channels, profile.integer("ssm.conv_kernel"))
+        joint = None
+        states = self._state((profile.integer("ssm.conv_kernel") - 1) * channels)
+        if self._has("attn_qkv"):
+            mixed = self._project("attn_qkv", x)
+        else:  # queries, keys, values and gate in one matrix, head by head
+            joint = self._project("ssm_in", x)
+            both = self._op(2 * groups * state, self._op(groups * state, joint), self._op(groups * state, joint))
+            mixed = self._op(channels, both, self._op(inner, joint))
+        joined = self._joined(mixed, channels, profile.integer("ssm.conv_kernel"), states)
         memory = self._state(head * head * heads)
-        q, k = self._op(groups * state, convolved), self._op(groups * state, convolved)
-        decay, beta = self._op(heads, x), self._op(heads, x)
+        convolved = self._in_place(self._op(channels, joined, *self._copied("ssm_conv1d.weight")))
+        repeats = self._has("ssm_ba") and groups != heads
+        q, k = (self._normed_heads(convolved, groups * state, heads * state if repeats else 0) for _ in range(2))
+        if self._has("ssm_ba"):
+            decay_and_beta = self._project("ssm_ba", x)
+            decay, beta = self._op(heads, decay_and_beta), self._op(heads, decay_and_beta)
+        else:
+            decay, beta = self._op(heads, self._project("ssm_alpha", x)), self._op(heads, self._project("ssm_beta", x))
         rows = self._tokens + head * self._scale.sequences
         result = self.tape.op(inner * rows * F32, q, k, convolved, decay, beta, memory)
         result = self._op(inner, result)
-        gate = self._project("attn_gate", x) if self._has("attn_gate") else self._op(inner, x)
-        gate = self._op(inner, gate)
+        gate = self._op(inner, joint) if joint is not None else self._op(inner, self._project("attn_gate", x))
         return self._project("ssm_out", self._in_place(result, gate))
+
+    def _normed_heads(self, x: int, features: int, repeated: int) -> int:
+        """Queries or keys, normed, and repeated for each head of the values where they are fewer."""
+        normed = self._op(features, x)
+        return self._op(repeated, normed) if repeated else normed
 
     def _mamba2(self, x: int) -> int:
         """``build_mamba2_layer`` (``src/models/mamba-base.cpp``)."""
