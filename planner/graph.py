@@ -152,7 +152,7 @@ class LayerGraph:
         result = self._op(self._out(name), *weight, x)
         if biased and not late:
             self._bring_all(needed)
-        return self._in_place(result) if biased else result
+        return self._in_place(result, *self._copied(f"{name}.bias")) if biased else result
 
     def _brought_with(self, name: str) -> tuple[int, ...]:
         """Small inputs that are copied along with a weight, because the part of the graph that begins with it reads them."""
@@ -175,6 +175,13 @@ class LayerGraph:
 
     def _in_place(self, x: int, *others: int) -> int:
         return self.tape.in_place(x, *others)
+
+    def _scaled(self, x: int, *names: str) -> int:
+        """Small weights that ``x`` is multiplied with, or that are added to it, in place: each is copied where it lies in RAM."""
+        for name in names:
+            for copy in self._copied(name):
+                x = self._in_place(x, copy)
+        return x
 
     def _norm(self, x: int, features: int | None = None) -> int:
         """``build_norm``: over the input where nobody else reads it; its scale and shift are in place."""
@@ -392,7 +399,7 @@ class LayerGraph:
         states = STATES if self._has_states else fetched[0] if fetched else self._state((taps - 1) * channels)
         joined = self._joined(x, channels, taps, states)
         weight = self._copied("ssm_conv1d.weight")
-        return self._in_place(self._op(channels, joined, *weight))
+        return self._in_place(self._scaled(self._op(channels, joined, *weight), "ssm_conv1d.bias"))
 
     def _joined(self, x: int, channels: int, taps: int, states: int) -> int:
         """The states before the tokens."""
@@ -458,12 +465,13 @@ class LayerGraph:
         states = (self._state((profile.integer("ssm.conv_kernel") - 1) * channels),) if self._offloaded else self._own_states
         zxbcdt = self._op(self._out("ssm_in"), *weight, x)
         convolved = self._convolution(zxbcdt, channels, profile.integer("ssm.conv_kernel"), *states)
-        step = self._in_place(self._op(heads, zxbcdt))
+        step = self._scaled(self._in_place(self._op(heads, zxbcdt)), "ssm_dt.bias")
         if self._offloaded:  # the scan runs where its state lies
             self.tape.use(step)
             self._fetch_states()
+            skip = self._copied("ssm_d")
             y = self._op(inner)
-            z, scaled = self._op(inner, zxbcdt), self._op(inner, convolved)
+            z, scaled = self._op(inner, zxbcdt), self._op(inner, convolved, *skip)
             y = self.tape.op(self.tape.size(y), y, scaled, into=(y, scaled))
         else:
             scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, step)
@@ -472,23 +480,39 @@ class LayerGraph:
             y = self._in_place(scaled, scan)
         y = self._op(inner, z, y)
         if self._has("ssm_norm"):
-            y = self._norm_view(y, inner)
+            y = self._scaled(self._norm_view(y, inner), "ssm_norm.weight")
         return self._project("ssm_out", y)
 
     def _mamba(self, x: int) -> int:
         """``build_mamba_layer`` (``src/models/mamba-base.cpp``)."""
         profile = self._profile
         inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
-        xz = self._project("ssm_in", x)
-        convolved = self._convolution(xz, inner, profile.integer("ssm.conv_kernel"), *self._own_states)
+        weight = self._copied("ssm_in.weight")
+        states = (self._state((profile.integer("ssm.conv_kernel") - 1) * inner),) if self._offloaded else self._own_states
+        xz = self._op(self._out("ssm_in"), *weight, x)
+        convolved = self._convolution(xz, inner, profile.integer("ssm.conv_kernel"), *states)
         b_c_dt = self._project("ssm_x", convolved)
-        step = self._project("ssm_dt", b_c_dt)
-        scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, b_c_dt, step)
-        self._fetch_states()
-        z = self._op(inner, xz)
-        y = self._in_place(self._op(inner, convolved), scan)
-        y = self._op(inner, z, y)
-        return self._project("ssm_out", y)
+        normed = self._has("ssm_dt_norm") or bool(profile.metadata.get(f"{profile.architecture}.ssm.dt_b_c_rms"))
+        step, b, c = b_c_dt, b_c_dt, b_c_dt
+        if normed:
+            step = self._scaled(self._op(profile.integer("ssm.time_step_rank"), b_c_dt), "ssm_dt_norm.weight")
+        step = self._project("ssm_dt", step)
+        if normed:
+            b = self._scaled(self._op(state, b_c_dt), "ssm_b_norm.weight")
+            c = self._scaled(self._op(state, b_c_dt), "ssm_c_norm.weight")
+        if self._offloaded:  # the scan runs where its state lies
+            self.tape.use(step, b, c)
+            self._fetch_states()
+            skip = self._copied("ssm_d")
+            scan = self._op(inner)
+            z = self._op(inner, xz)
+            y = self._in_place(scan, self._in_place(convolved, *skip))
+        else:
+            scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, step, b, c)
+            self._fetch_states()
+            z = self._op(inner, xz)
+            y = self._in_place(self._in_place(convolved), scan)
+        return self._project("ssm_out", self._op(inner, z, y))
 
     def _short_convolution(self, x: int) -> int:
         """LFM2's gated convolution (``src/models/lfm2.cpp``)."""
@@ -645,7 +669,7 @@ class LayerGraph:
         if normed:
             cur = NORMED
         elif self._has("attn_norm", "ln1"):
-            cur = self._op(self._width, x)
+            cur = self._scaled(self._op(self._width, x), "attn_norm.weight", "attn_norm.bias")
         else:
             cur = x
         attention_input = cur
@@ -689,7 +713,8 @@ class LayerGraph:
             routed = self._norm(self._experts(routed, self._in_place(self._op(self._width, x))))
             out = self._add(shared, routed)
         else:
-            out = self._ffn(self._op(self._width, x) if pre else x)
+            norm = "ffn_norm" if self._has("ffn_norm") else "post_attention_norm"
+            out = self._ffn(self._scaled(self._op(self._width, x), f"{norm}.weight", f"{norm}.bias") if pre else x)
         if self._has("post_ffw_norm"):
             out = self._norm(out)
             if not self._has("inp_gate", "layer_output_scale"):
