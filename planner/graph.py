@@ -354,13 +354,14 @@ class LayerGraph:
         else:
             q = self._project("attn_q", x)
         weight = self._copied("attn_k_b.weight")
+        rotated = rotates(self._profile, self._cache)
         self._bring_all((POSITIONS,))
         absorbed = self._op(heads * rank, q, *weight)
-        position = self._op(heads * rope, q, self.brought.get(POSITIONS, POSITIONS))
+        position = self._op(heads * rope, q, self.brought.get(POSITIONS, POSITIONS)) if rotated else q
         query = self._op(heads * self._cache.key_elements, absorbed, position)
         compressed = self._project("attn_kv_a_mqa", x)
         value = self._op(rank, compressed)
-        key_position = self._op(rope, compressed, self.brought.get(POSITIONS, POSITIONS))
+        key_position = self._op(rope, compressed, self.brought.get(POSITIONS, POSITIONS)) if rotated else compressed
         key = self._op(self._cache.key_elements, value, key_position)
         self._store(key)
         result = self._attend(query, rank, latent=True)
@@ -449,6 +450,27 @@ class LayerGraph:
         result = self._op(inner, result)
         gate = self._op(inner, joint) if joint is not None else self._op(inner, self._project("attn_gate", x))
         return self._project("ssm_out", self._in_place(result, gate))
+
+    def _kimi_delta_attention(self, x: int) -> int:
+        """Kimi's delta attention: a convolution for each of queries, keys and values (``src/models/kimi-linear.cpp``)."""
+        head = self._profile.integer("kda.head_dim")
+        heads = self._profile.per_layer("attention.head_count")[self._index]
+        inner, taps = heads * head, self._profile.integer("ssm.conv_kernel")
+        states = self._state(3 * (taps - 1) * inner)
+        joined = {part: self._joined(self._project(f"attn_{part}", x), inner, taps, states) for part in "qkv"}
+        memory = self._state(head * head * heads)
+        mixed = {}
+        for part in "qkv":
+            convolved = self._op(inner, joined[part], *self._copied(f"ssm_conv1d_{part}.weight"))
+            mixed[part] = self._op(inner, convolved)
+        q, k = (self._op(inner, mixed[part]) for part in "qk")
+        decay = self._op(inner, self._scaled(self._project("ssm_f_b", self._project("ssm_f_a", x)), "ssm_dt.bias"))
+        beta = self._op(heads, self._project("ssm_beta", x))
+        rows = self._tokens + head * self._scale.sequences
+        result = self.tape.op(inner * rows * F32, q, k, mixed["v"], decay, beta, memory)
+        result = self._op(inner, self._op(inner, result))
+        gate = self._op(inner, self._project("ssm_g_b", self._project("ssm_g_a", x)))
+        return self._project("attn_output", self._op(inner, self._in_place(result, gate)))
 
     def _normed_heads(self, x: int, features: int, repeated: int) -> int:
         """Queries or keys, normed, and repeated for each head of the values where they are fewer."""
@@ -649,6 +671,8 @@ class LayerGraph:
                 return self._short_convolution(x)
             if self._has("ssm_x"):
                 result = self._mamba(x)
+            elif self._has("ssm_f_a"):
+                return self._kimi_delta_attention(x)
             elif any(name.startswith(("ssm_beta", "ssm_ba", "ssm_alpha")) for name in weights):
                 return self._delta_net(x)
             else:

@@ -136,6 +136,7 @@ NO_ROTATION = frozenset(
         "jais",
         "jamba",
         "jina-bert-v2",
+        "kimi-linear",
         "mpt",
         "nemotron_h",
         "nemotron_h_moe",
