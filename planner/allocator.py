@@ -27,11 +27,12 @@ def align(size: int) -> int:
 class Allocator:
     """One device's buffer. ``peak`` is the highest byte used so far; sizes must be aligned."""
 
-    __slots__ = ("_offsets", "_sizes", "peak")
+    __slots__ = ("_empty_holes", "_offsets", "_sizes", "peak")
 
     def __init__(self, state: State = ((0,), (_ENDLESS,)), peak: int = 0) -> None:
         self._offsets = list(state[0])
         self._sizes = list(state[1])
+        self._empty_holes = 0 in self._sizes
         self.peak = peak
 
     @property
@@ -42,6 +43,7 @@ class Allocator:
     def restore(self, state: State, peak: int) -> None:
         """Go on from another moment's holes; ``peak`` is what was used on the way there."""
         self._offsets, self._sizes = list(state[0]), list(state[1])
+        self._empty_holes = 0 in self._sizes
         self.peak = max(self.peak, peak)
 
     def allocate(self, size: int) -> int:
@@ -54,6 +56,7 @@ class Allocator:
         offset = offsets[best]
         if sizes[best] == size:
             del offsets[best], sizes[best]
+            self._empty_holes = self._empty_holes and 0 in sizes
         else:
             offsets[best] += size
             sizes[best] -= size
@@ -61,8 +64,14 @@ class Allocator:
         return offset
 
     def free(self, offset: int, size: int) -> None:
-        """Give back what ``allocate`` gave (``ggml_dyn_tallocr_free_bytes``)."""
+        """Give back what ``allocate`` gave (``ggml_dyn_tallocr_free_bytes``).
+
+        A tensor of no bytes, which hybrid models have, may leave an empty hole; neighbours of such a hole no longer join.
+        """
         offsets, sizes = self._offsets, self._sizes
+        if not size or self._empty_holes:
+            self._free_beside_empty_holes(offset, size)
+            return
         i = bisect_left(offsets, offset)
         joins_below = i > 0 and offsets[i - 1] + sizes[i - 1] == offset
         joins_above = i < len(offsets) and offset + size == offsets[i]
@@ -77,6 +86,29 @@ class Allocator:
         else:
             offsets.insert(i, offset)
             sizes.insert(i, size)
+
+    def _free_beside_empty_holes(self, offset: int, size: int) -> None:
+        """``ggml_dyn_tallocr_free_bytes``, line by line: it joins the first hole that fits, and that with one neighbour."""
+        offsets, sizes = self._offsets, self._sizes
+        for i in range(len(offsets)):
+            if offsets[i] + sizes[i] == offset:
+                sizes[i] += size
+                if i + 1 < len(offsets) and offsets[i] + sizes[i] == offsets[i + 1]:
+                    sizes[i] += sizes[i + 1]
+                    del offsets[i + 1], sizes[i + 1]
+                break
+            if offset + size == offsets[i]:
+                offsets[i] = offset
+                sizes[i] += size
+                if i and offsets[i - 1] + sizes[i - 1] == offset:
+                    sizes[i - 1] += sizes[i]
+                    del offsets[i], sizes[i]
+                break
+        else:
+            i = bisect_left(offsets, offset)
+            offsets.insert(i, offset)
+            sizes.insert(i, size)
+        self._empty_holes = 0 in sizes
 
 
 RELEASE, ALLOCATE, PART = range(3)

@@ -15,6 +15,7 @@ from planner.families import family_of
 from planner.inputs import (
     DEEPSTACK,
     EMBEDDING,
+    EXTRA_ROWS,
     F16,
     F32,
     I32,
@@ -129,7 +130,7 @@ class LayerGraph:
         """An input of the device: copied now if this layer brings it."""
         if name in self._brings:
             size, growth = self._brings.pop(name)
-            self.brought[name] = self.tape.op(size, growth=growth)
+            self.brought[name] = self.tape.empty() if name == EXTRA_ROWS else self.tape.op(size, growth=growth)
         return self.brought.get(name, name)
 
     def _bring_the_rest(self) -> None:
@@ -147,7 +148,8 @@ class LayerGraph:
         late = self._has("attn_q_norm") and POSITIONS in needed
         if not biased and not late:
             self._bring_all(needed)
-        if name in ("ffn_down", "ffn_down_shexp") and not self._has("post_ffw_norm"):
+        last = name in ("ffn_down", "ffn_down_shexp") and not self._has("post_ffw_norm")
+        if last or (name == "ssm_out" and not self._has("ffn_down", "ffn_gate_inp")):
             self._bring_the_rest()
         result = self._op(self._out(name), *weight, x)
         if biased and not late:
@@ -392,8 +394,21 @@ class LayerGraph:
 
     def _state(self, elements: int) -> int:
         """The sequences' states, fetched from where they are kept (``build_rs``)."""
-        rows = () if self._offloaded else (STATE_ROWS,)
-        return self.tape.op(elements * self._scale.sequences * F32, *rows)
+        if self._offloaded:
+            return self.tape.op(elements * self._scale.sequences * F32)
+        states = self.tape.op(elements * self._scale.sequences * F32, STATE_ROWS)
+        self._keep_others()
+        return states
+
+    def _keep_others(self) -> None:
+        """The states of sequences that do not take part are copied: none."""
+        self.tape.use(self.tape.empty(EXTRA_ROWS))
+
+    def _scan(self, inner: int, state: int, *reads: int) -> int:
+        """``ggml_ssm_scan``, which fetches its states itself."""
+        result = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, *reads, STATE_ROWS)
+        self._keep_others()
+        return result
 
     def _convolution(self, x: int, channels: int, taps: int, *fetched: int) -> int:
         """The last states before the tokens, transposed, then ``ggml_ssm_conv``."""
@@ -415,7 +430,10 @@ class LayerGraph:
     def _fetch_states(self) -> None:
         """The convolution states of the next Mamba layer are fetched as soon as this layer has looked at other tokens."""
         if self._fetches_states:
-            self.brought[STATES] = self._convolution_states()
+            rows, extra = self._bring(STATE_ROWS), self._bring(EXTRA_ROWS)
+            elements = convolution_state_elements(self._profile)
+            self.brought[STATES] = self.tape.op(elements * self._scale.sequences * F32, rows)
+            self.tape.use(self.tape.empty(extra))
 
     def _convolution_states(self) -> int:
         return self._state(convolution_state_elements(self._profile))
@@ -477,6 +495,15 @@ class LayerGraph:
         normed = self._op(features, x)
         return self._op(repeated, normed) if repeated else normed
 
+    def _gate_and_scan(self, joint: int, inner: int) -> tuple[int, tuple[int, ...], int]:
+        """The gate, ``ssm_d``, and a scan that ran in RAM; the gate first where states of the next layer were fetched."""
+        self._fetch_states()
+        if self._fetches_states:
+            gate = self._op(inner, joint)
+            return gate, self._copied("ssm_d"), self._op(inner)
+        skip, scan = self._copied("ssm_d"), self._op(inner)
+        return self._op(inner, joint), skip, scan
+
     def _mamba2(self, x: int) -> int:
         """``build_mamba2_layer`` (``src/models/mamba-base.cpp``)."""
         profile = self._profile
@@ -490,13 +517,11 @@ class LayerGraph:
         step = self._scaled(self._in_place(self._op(heads, zxbcdt)), "ssm_dt.bias")
         if self._offloaded:  # the scan runs where its state lies
             self.tape.use(step)
-            self._fetch_states()
-            skip = self._copied("ssm_d")
-            y = self._op(inner)
-            z, scaled = self._op(inner, zxbcdt), self._op(inner, convolved, *skip)
+            z, skip, y = self._gate_and_scan(zxbcdt, inner)
+            scaled = self._op(inner, convolved, *skip)
             y = self.tape.op(self.tape.size(y), y, scaled, into=(y, scaled))
         else:
-            scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, step)
+            scan = self._scan(inner, state, convolved, step)
             self._fetch_states()
             z, scaled = self._op(inner, zxbcdt), self._op(inner, convolved)
             y = self._in_place(scaled, scan)
@@ -524,13 +549,10 @@ class LayerGraph:
             c = self._scaled(self._op(state, b_c_dt), "ssm_c_norm.weight")
         if self._offloaded:  # the scan runs where its state lies
             self.tape.use(step, b, c)
-            self._fetch_states()
-            skip = self._copied("ssm_d")
-            scan = self._op(inner)
-            z = self._op(inner, xz)
+            z, skip, scan = self._gate_and_scan(xz, inner)
             y = self._in_place(scan, self._in_place(convolved, *skip))
         else:
-            scan = self.tape.op((inner * self._tokens + inner * state * self._scale.sequences) * F32, convolved, step, b, c)
+            scan = self._scan(inner, state, convolved, step, b, c)
             self._fetch_states()
             z = self._op(inner, xz)
             y = self._in_place(self._in_place(convolved), scan)

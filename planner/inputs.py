@@ -28,6 +28,9 @@ tokens' positions; the attention mask; the cells that are written; matrices that
 output; the convolution states of the next Mamba layer, fetched early. All but the first three and the mask are small, but lie
 where larger holes could join."""
 
+EXTRA_ROWS = -15
+"""The states that are kept of sequences that do not take part: none, but a tensor all the same (``build_rs``)."""
+
 EMBEDDING, PERMUTED, DEEPSTACK = -12, -13, -14
 """Gemma 3n's embedding before it becomes several streams, and those streams with their dimensions in another order; Qwen3-VL's
 embedding with room for what images add to the first layers (``build_inp_embd``)."""
@@ -232,6 +235,7 @@ def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
         PER_LAYER: per_layer * tokens * F32,
         POSITIONS: tokens * I32,
         OUTPUT_ROWS: scale.outputs * I32,
+        EXTRA_ROWS: 0,
         STATE_ROWS: scale.sequences * I32,
         STATES: convolution_state_elements(profile) * scale.sequences * F32,
         EMBEDDING: embedding,

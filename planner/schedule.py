@@ -23,6 +23,7 @@ from planner.graph import (
 from planner.inputs import (
     DEEPSTACK,
     EMBEDDING,
+    EXTRA_ROWS,
     F32,
     INDICES,
     KEY_ROTATION,
@@ -193,7 +194,10 @@ class Schedules:
             inputs += [OUTPUT_ROWS] if late_output and not (part.first and part.host_experts) else []
         if normed and own and not part.visitors:  # the residual itself is first read where the first layer adds to it
             arrival += self._copied_to(own.start, borrowed.get(own.start, ()))
-        names = dict.fromkeys((*arrival, RESIDUAL, *inputs))
+        early: tuple[int, ...] = ()
+        if own and not part.visitors and fetches_early(self._profile.layer_tensors[own.start]):
+            early = (STATE_ROWS, EXTRA_ROWS)  # the first layer's states are fetched before anything is computed
+        names = dict.fromkeys((*early, *arrival, RESIDUAL, *inputs))
         narrow: Size = (self.embedding_bytes, STEADY)
         prelude = part.first and not fed
         programs = [self._programs.prelude(part.copies > 1)] if prelude else []
@@ -391,7 +395,7 @@ class Schedules:
         if i == self._n - 1 and self._profile.architecture not in LATE_OUTPUTS:
             extra += (OUTPUT_ROWS,)
         if cache.state_elements and not visiting:
-            extra = (STATE_ROWS, *extra)
+            extra = (STATE_ROWS, EXTRA_ROWS, *extra)
         if not cache.attends:
             return extra
         offset = WINDOW if cache.windowed else 0

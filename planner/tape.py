@@ -63,6 +63,7 @@ class Tape:
         self._operations: list[tuple[Size, tuple[int, ...], tuple[int, ...]]] = []
         self._scratch: dict[int, Growth] = {}
         self._given: set[int] = set()
+        self._empty: set[int] = set()
 
     def op(self, size: int, *reads: int, into: tuple[int, ...] = (), growth: Growth = STEADY, scratch: Growth = STEADY) -> int:
         """A result of ``size`` bytes and its ``growth`` that reads tensors, and may take over the memory of one in ``into``.
@@ -78,6 +79,11 @@ class Tape:
     def given(self, size: int) -> int:
         """A tensor of ``size`` bytes that comes from another device and lies elsewhere: nothing is allocated, or taken over."""
         self._given.add(self.op(size))
+        return len(self._operations) - 1
+
+    def empty(self, *reads: int) -> int:
+        """A result of no bytes, which is allocated all the same."""
+        self._empty.add(self.op(0, *reads))
         return len(self._operations) - 1
 
     def in_place(self, tensor: int, *others: int) -> int:
@@ -112,7 +118,7 @@ class Tape:
             steps.append((action, place, size[0]))
 
         for number, (size, reads, into) in enumerate(self._operations):
-            if size != (0, STEADY):
+            if size != (0, STEADY) or number in self._empty:
                 size_of[number] = size
                 taken = next((t for t in into if t in slot and t not in kept and readers[t] == 1 and size_of[t] == size), None)
                 if taken is not None:
