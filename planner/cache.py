@@ -149,7 +149,8 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
             indexer_elements=indexer,
             state_elements=state if recurrent and computed else 0,
             attends=attends and computed,
-            owns_cache=attends and owner and (computed or family.nextn_cached) and has_cache,
+            # layers without attention are not left out, and have rows where all have the widest (_cache_bytes)
+            owns_cache=(attends or not recurrent_kinds) and owner and (computed or family.nextn_cached) and has_cache,
             borrows_cache=attends and computed and not owner and has_cache,
         )
 
@@ -178,7 +179,7 @@ def _cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ..
     def bytes_of(cache: LayerCache) -> int:
         size = settings.parallel * cache.state_elements * STATE_ELEMENT_BYTES
         if cache.owns_cache:
-            values = max(cache.value_elements, widest) if cache.value_elements else 0
+            values = max(cache.value_elements, widest)
             row = k.row_bytes(cache.key_elements) + v.row_bytes(values) + k.row_bytes(cache.indexer_elements)
             size += (window if cache.windowed else full) * row
         return size

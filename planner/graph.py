@@ -82,7 +82,7 @@ class LayerGraph:
         self._family = family_of(profile.architecture)
         self._index = index
         self._weights: Mapping[str, Tensor] = profile.layer_tensors[index]
-        self._stems = {name.removesuffix(".weight") for name in self._weights if name.endswith(".weight")}
+        self._stems = {name.removesuffix(".weight") for name in self._weights if not name.endswith(".bias")}
         self._cache = cache
         self._scale = scale
         self._tokens = scale.tokens
@@ -101,6 +101,8 @@ class LayerGraph:
         self._borrowed = borrowed
         self._per_layer = per_layer
         self._projects_late = profile.architecture in PROJECTS_LATE
+        self._attends_beside_state = attends_beside_state(self._weights)
+        self._unprojected = self._projects_late or self._attends_beside_state
         self._experts_away = experts == "away"
         if experts == "only":
             self.result = self._foreign_experts()
@@ -222,6 +224,8 @@ class LayerGraph:
                 gate = self._op(q_features, joint)
         if self._offloaded and attends_in_ram(self._profile, self._index):
             self.tape.use(q)
+            if self._attends_beside_state:
+                return q  # in name only: what was attended comes along with the matrix that projects it
             self._fetch_states()
             weight = self._copied("attn_output.weight")
             return self._op(self._out("attn_output"), *weight, self._op(q_features))
@@ -233,7 +237,7 @@ class LayerGraph:
             result = self._add(result, self._in_place(self._project("attn_gate", x)))
         if self._has("attn_sub_norm"):
             result = self._norm_view(result, self._out("attn_output"))
-        if self._projects_late:
+        if self._unprojected:
             return result
         return self._project("attn_output", result) if self._has("attn_output") else result
 
@@ -308,7 +312,7 @@ class LayerGraph:
             self.tape.use(q)
             size = out_features * self._tokens * F32
             result = self.tape.given(size) if self._pipelined else self.tape.op(size)
-            return result if latent or self._projects_late else self._rotated(result, out_features, self._value_rotation)
+            return result if latent or self._unprojected else self._rotated(result, out_features, self._value_rotation)
         copies: tuple[int, ...] = ()
         if self._offloaded and (cache.owns_cache or cache.borrows_cache):
             row = scale.keys.row_bytes(cache.key_elements)
@@ -333,7 +337,7 @@ class LayerGraph:
                 extra += value_features * F16
             scratch = self._per_cell(extra * scale.sequences)
             result = self.tape.op(out_features * self._tokens * F32, *reads, scratch=scratch)
-            return result if latent or self._projects_late else self._rotated(result, out_features, self._value_rotation)
+            return result if latent or self._unprojected else self._rotated(result, out_features, self._value_rotation)
         scores = self.tape.op(0, q, *copies[:1], growth=self._per_cell(self._tokens * heads * F32))
         scores = self._in_place(scores, mask)
         operands = copies[1:]
@@ -504,31 +508,47 @@ class LayerGraph:
         skip, scan = self._copied("ssm_d"), self._op(inner)
         return self._op(inner, joint), skip, scan
 
-    def _mamba2(self, x: int) -> int:
-        """``build_mamba2_layer`` (``src/models/mamba-base.cpp``)."""
+    def _attention_and_mamba2(self, x: int) -> int:
+        """Attention and a state side by side, each with a norm of its own (``src/models/falcon-h1.cpp``)."""
+        attended = self._attention(x)
+        if self._offloaded:
+            return self._mamba2(None, attended=attended)
+        states = self._convolution_states()
+        return self._mamba2(self._op(self._width, RESIDUAL), (states,), attended)
+
+    def _mamba2(self, x: int | None, states: tuple[int, ...] = (), attended: int | None = None) -> int:
+        """``build_mamba2_layer`` (``src/models/mamba-base.cpp``); what was ``attended`` beside it is projected after the scan."""
         profile = self._profile
         inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
         groups, heads = profile.integer("ssm.group_count"), profile.integer("ssm.time_step_rank")
         channels = inner + 2 * groups * state
         weight = self._copied("ssm_in.weight")
-        states = (self._state((profile.integer("ssm.conv_kernel") - 1) * channels),) if self._offloaded else self._own_states
+        if self._offloaded:
+            states = (self._state((profile.integer("ssm.conv_kernel") - 1) * channels),)
+        x = self._op(self._width, RESIDUAL) if x is None else x
         zxbcdt = self._op(self._out("ssm_in"), *weight, x)
-        convolved = self._convolution(zxbcdt, channels, profile.integer("ssm.conv_kernel"), *states)
+        convolved = self._convolution(zxbcdt, channels, profile.integer("ssm.conv_kernel"), *(states or self._own_states))
         step = self._scaled(self._in_place(self._op(heads, zxbcdt)), "ssm_dt.bias")
         if self._offloaded:  # the scan runs where its state lies
             self.tape.use(step)
+            if attended is not None:
+                weight = self._copied("attn_output.weight")
+                attended = self._op(self._out("attn_output"), *weight, self._op(self._query_features()))
             z, skip, y = self._gate_and_scan(zxbcdt, inner)
             scaled = self._op(inner, convolved, *skip)
             y = self.tape.op(self.tape.size(y), y, scaled, into=(y, scaled))
         else:
             scan = self._scan(inner, state, convolved, step)
             self._fetch_states()
+            if attended is not None:
+                attended = self._late_projection(attended)
             z, scaled = self._op(inner, zxbcdt), self._op(inner, convolved)
             y = self._in_place(scaled, scan)
         y = self._op(inner, z, y)
         if self._has("ssm_norm"):
             y = self._scaled(self._norm_view(y, inner), "ssm_norm.weight")
-        return self._project("ssm_out", y)
+        result = self._project("ssm_out", y)
+        return result if attended is None else self._add(attended, result)
 
     def _mamba(self, x: int) -> int:
         """``build_mamba_layer`` (``src/models/mamba-base.cpp``)."""
@@ -698,8 +718,8 @@ class LayerGraph:
             elif any(name.startswith(("ssm_beta", "ssm_ba", "ssm_alpha")) for name in weights):
                 return self._delta_net(x)
             else:
-                result = self._mamba2(x)
-            return self._add(result, self._attention(x)) if self._has("attn_q") else result
+                result = self._attention_and_mamba2(x) if self._attends_beside_state else self._mamba2(x)
+            return result
         if self._has("attn_kv_a_mqa"):
             return self._latent_attention(x) if not self._cache.value_elements else self._expanded_latent_attention(x)
         return self._attention(x) if self._has("attn_q", "attn_qkv") else None
@@ -736,7 +756,7 @@ class LayerGraph:
                 pass
             if not (parallel and self._has("ffn_up", "ffn_gate_inp")):
                 # what recurrent layers return is a view, whose memory a sum cannot take over
-                into = (x,) if recurrent else (x, cur) if self._profile.architecture in SUMS_INTO_RESIDUAL else (cur, x)
+                into = (x,) if recurrent and not self._attends_beside_state else (x, cur) if self._profile.architecture in SUMS_INTO_RESIDUAL else (cur, x)
                 x = cur = self._op(self._width, cur, x, into=into)
         elif crop:
             cur, x = self._crop(cur, x)
@@ -869,7 +889,7 @@ def is_mamba(tensors: Mapping[str, Tensor]) -> bool:
 
 def fetches_early(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the states of a layer's convolution are fetched while the layer before still runs, see ``next_early``."""
-    return is_mamba(tensors) or "shortconv.in_proj.weight" in tensors
+    return (is_mamba(tensors) and not attends_beside_state(tensors)) or "shortconv.in_proj.weight" in tensors
 
 
 def next_early(profile: ModelProfile, index: int) -> int | None:
@@ -892,5 +912,10 @@ def _all_next_early(profile: ModelProfile) -> tuple[int | None, ...]:
 
 
 def attends_in_ram(profile: ModelProfile, index: int) -> bool:
-    """Attention over a cache in RAM runs on the CPU where the states of a later layer are fetched right behind it."""
-    return next_early(profile, index) is not None
+    """Attention over a cache in RAM runs on the CPU where states are fetched right behind it, of a later layer or its own."""
+    return next_early(profile, index) is not None or attends_beside_state(profile.layer_tensors[index])
+
+
+def attends_beside_state(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a layer has both attention and a state (Falcon-H1)."""
+    return is_recurrent(tensors) and is_mamba(tensors) and "attn_q.weight" in tensors

@@ -15,6 +15,7 @@ from planner.allocator import align
 from planner.cache import layer_caches
 from planner.graph import (
     LATE_OUTPUTS,
+    attends_beside_state,
     attends_in_ram,
     fetches_early,
     is_mamba,
@@ -151,6 +152,9 @@ class Schedules:
             in_ram = is_mamba(tensors)
             features = 3 * channels + inner if in_ram else channels
         growth = 0
+        if attends_beside_state(tensors):
+            queries, attended = attention_features(profile, cache, i)
+            features = attended + features - cache.key_elements - cache.value_elements if scale.fused else attended
         if cache.attends and not scale.fused and attends_in_ram(profile, i):
             queries, attended = attention_features(profile, cache, i)
             features += queries + attended
