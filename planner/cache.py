@@ -24,6 +24,9 @@ STATE_ELEMENT_BYTES = 4
 SPARSE_INDEXER = frozenset({"deepseek32", "glm-dsa"})
 """Architectures with ``llama_kv_cache_dsa``: a second cache, of one indexer key a token."""
 
+SHARED_INDEXER_CONTEXT = 1 << 20
+"""Tokens of trained context from which GLM's layers share indexers where the file does not say (``src/models/glm-dsa.cpp``)."""
+
 RECURRENT_TENSORS = ("ssm_", "time_mix_", "shortconv.")
 """A layer with a tensor named so keeps a state instead of KV cells."""
 
@@ -107,6 +110,15 @@ def _state_elements(profile: ModelProfile) -> int:
     return max(taps - 1, 0) * (inner + 2 * profile.integer("ssm.group_count") * state) + state * inner
 
 
+def _full_indexers(profile: ModelProfile) -> tuple[bool, ...]:
+    """Which layers choose the cells to look at themselves; the others take the choice of the one before (GLM 5.2)."""
+    types = profile.metadata.get(f"{profile.architecture}.attention.indexer.types")
+    if isinstance(types, tuple):
+        return tuple(bool(value) for value in types[: profile.n_layers]) + (True,) * (profile.n_layers - len(types))
+    shared = profile.architecture == "glm-dsa" and profile.context_train >= SHARED_INDEXER_CONTEXT
+    return tuple(not shared or i < 2 or i % 4 == 2 for i in range(profile.n_layers))
+
+
 def is_recurrent(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a layer with these tensors keeps a recurrent state."""
     return any(name.startswith(RECURRENT_TENSORS) for name in tensors)
@@ -132,21 +144,22 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
     value_window = profile.integer("attention.value_length_swa", value)
     is_mla = bool(profile.integer("attention.key_length_mla") and profile.integer("attention.value_length_mla"))
     indexer = profile.integer("attention.indexer.key_length") if profile.architecture in SPARSE_INDEXER else 0
+    full_indexers = _full_indexers(profile)
     windowed = _windowed_layers(profile, family)
     shared = profile.integer("attention.shared_kv_layers")
     owners = profile.n_layers - shared if shared else family.cached_layers or profile.n_layers
     state = _state_elements(profile)
     has_cache = not {"encoder", "no_cache"} & family.features
     recurrent_kinds = {kind for kind in set(profile.tensor_kinds) if is_recurrent(profile.layer_tensors[kind])}
-    known_rows: dict[tuple[bool, bool, bool, bool, int], LayerCache] = {}
+    known_rows: dict[tuple[bool, bool, bool, bool, bool, int], LayerCache] = {}
 
-    def row(windowed: bool, recurrent: bool, computed: bool, owner: bool, heads: int) -> LayerCache:
+    def row(windowed: bool, recurrent: bool, computed: bool, owner: bool, indexes: bool, heads: int) -> LayerCache:
         attends = bool(heads) and (not recurrent or "attention_and_state" in family.features or unknown)
         return LayerCache(
             windowed=windowed,
             key_elements=heads * (key_window if windowed else key),
             value_elements=0 if is_mla else heads * (value_window if windowed else value),
-            indexer_elements=indexer,
+            indexer_elements=indexer if indexes and computed else 0,
             state_elements=state if recurrent and computed else 0,
             attends=attends and computed,
             # layers without attention are not left out, and have rows where all have the widest (_cache_bytes)
@@ -156,7 +169,8 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
 
     rows: list[LayerCache] = []
     for i, kind in enumerate(profile.tensor_kinds):
-        traits = (windowed[i], kind in recurrent_kinds, i < profile.n_computed_layers, i < owners, heads_kv[i])
+        computed = i < profile.n_computed_layers
+        traits = (windowed[i], kind in recurrent_kinds, computed, i < owners, full_indexers[i], heads_kv[i])
         if traits not in known_rows:
             known_rows[traits] = row(*traits)
         rows.append(known_rows[traits])

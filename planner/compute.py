@@ -61,6 +61,8 @@ class ComputeModel:
     def _replay(self, schedule: Schedule) -> int:
         heap = Allocator()
         slots: dict[int, int] = {}
+        for name, size in schedule.leaves:
+            slots[name] = heap.allocate(self._size(size))
         for unnamed in schedule.unnamed:
             for _ in range(schedule.copies):
                 heap.allocate(self._size(unnamed))

@@ -13,6 +13,7 @@ from typing import Literal
 from planner.cache import LayerCache, is_recurrent, window_tokens
 from planner.families import family_of
 from planner.inputs import (
+    CHOICE_MASK,
     DEEPSTACK,
     EMBEDDING,
     EXTRA_ROWS,
@@ -38,6 +39,7 @@ from planner.inputs import (
     deepstack_layers,
     rotates,
     rotation_bytes,
+    sparse_cells,
 )
 from planner.profile import ModelProfile, Tensor
 from planner.tape import Growth, Size, Tape
@@ -98,6 +100,7 @@ class LayerGraph:
         self._fetches_states = fetches_states
         self._own_states: tuple[int, ...] = ()
         self._pipelined = pipelined
+        self._sparse_mask: int | None = None
         self._borrowed = borrowed
         self._per_layer = per_layer
         self._projects_late = profile.architecture in PROJECTS_LATE
@@ -320,7 +323,7 @@ class LayerGraph:
             copies = (self._cells(row), self._cells(row if latent else scale.values.row_bytes(value_features)))
         else:
             copies = tuple(self.brought.get(name, name) for name in self._borrowed)
-        mask = self._bring(self._mask)
+        mask = self._bring(self._mask) if self._sparse_mask is None else self._sparse_mask
         if scale.fused:
             extra = 0
             reads = (q, *copies, mask)
@@ -355,8 +358,12 @@ class LayerGraph:
         rank = self._profile.integer("attention.kv_lora_rank")
         rope = self._cache.key_elements - rank
         value_head = self._profile.integer("attention.value_length_mla")
+        compressed_query = None
+        if self._cache.indexer_elements:
+            self._store(self._indexer_key(x))
         if self._has("attn_q_a"):
-            q = self._project("attn_q_b", self._norm(self._project("attn_q_a", x), self._out("attn_q_a")))
+            compressed_query = self._norm(self._project("attn_q_a", x), self._out("attn_q_a"))
+            q = self._project("attn_q_b", compressed_query)
         else:
             q = self._project("attn_q", x)
         weight = self._copied("attn_k_b.weight")
@@ -370,10 +377,37 @@ class LayerGraph:
         key_position = self._op(rope, compressed, self.brought.get(POSITIONS, POSITIONS)) if rotated else compressed
         key = self._op(self._cache.key_elements, value, key_position)
         self._store(key)
+        if sparse_cells(self._profile):
+            self._sparse_mask = self._mask_of_chosen(x, compressed_query)
         result = self._attend(query, rank, latent=True)
         result = self._op(heads * value_head, result, *self._copied("attn_v_b.weight"))
         result = self._op(heads * value_head, result)
         return self._project("attn_output", result)
+
+    def _indexer_key(self, x: int) -> int:
+        """The key by which a token is found (``src/models/deepseek32.cpp``): normed, positioned and rotated."""
+        features = self._cache.indexer_elements
+        key = self._project("indexer.attn_k", x)
+        for _ in range(3):
+            key = self._op(features, key)
+        return key
+
+    def _mask_of_chosen(self, x: int, compressed_query: int | None) -> int:
+        """The mask with all cells left out but those that the indexer chooses; a layer without one takes the last choice."""
+        cell = F16 if self._scale.fused else F32
+        mask = self._bring(self._mask)
+        chosen: tuple[int, ...] = ()
+        if self._cache.indexer_elements and compressed_query is not None:
+            query = self._project("indexer.attn_q_b", compressed_query)
+            features = self._out("indexer.attn_q_b")
+            query = self._op(features, self._op(features, query))
+            weights = self._op(self._out("indexer.proj"), self._project("indexer.proj", x))
+            score = self.tape.op(0, query, weights, self._bring(CHOICE_MASK), growth=self._per_cell(self._tokens * F32))
+            cells = sparse_cells(self._profile)
+            chosen = (self._op(cells, self._op(cells, score)),)
+        filled = self.tape.op(0, mask, growth=self._per_cell(self._tokens * cell))
+        self.tape.use(*chosen)
+        return self.tape.op(0, filled, mask, growth=self._per_cell(self._tokens * cell))
 
     def _expanded_latent_attention(self, x: int) -> int:
         """Latent attention whose keys and values are expanded before they are cached (files without ``key_length_mla``)."""
@@ -756,7 +790,9 @@ class LayerGraph:
                 pass
             if not (parallel and self._has("ffn_up", "ffn_gate_inp")):
                 # what recurrent layers return is a view, whose memory a sum cannot take over
-                into = (x,) if recurrent and not self._attends_beside_state else (x, cur) if self._profile.architecture in SUMS_INTO_RESIDUAL else (cur, x)
+                over_residual = self._profile.architecture in SUMS_INTO_RESIDUAL
+                viewed = recurrent and not self._attends_beside_state
+                into = (x,) if viewed else (x, cur) if over_residual else (cur, x)
                 x = cur = self._op(self._width, cur, x, into=into)
         elif crop:
             cur, x = self._crop(cur, x)

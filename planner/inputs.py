@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.allocator import align
-from planner.cache import LayerCache, layer_caches, sequence_ctx, ubatch_tokens, window_cells, window_tokens
+from planner.cache import SPARSE_INDEXER, LayerCache, layer_caches, sequence_ctx, ubatch_tokens, window_cells, window_tokens
 from planner.families import family_of
 from planner.profile import ModelProfile
 from planner.quantization import GgmlType, ggml_type
@@ -28,12 +28,19 @@ tokens' positions; the attention mask; the cells that are written; matrices that
 output; the convolution states of the next Mamba layer, fetched early. All but the first three and the mask are small, but lie
 where larger holes could join."""
 
+CHOICE_MASK = -16
+"""A sparse indexer's own mask, F16 always."""
+
 EXTRA_ROWS = -15
 """The states that are kept of sequences that do not take part: none, but a tensor all the same (``build_rs``)."""
 
 EMBEDDING, PERMUTED, DEEPSTACK = -12, -13, -14
 """Gemma 3n's embedding before it becomes several streams, and those streams with their dimensions in another order; Qwen3-VL's
 embedding with room for what images add to the first layers (``build_inp_embd``)."""
+
+ZEROS = -8192
+"""From here down: what a layer with a sparse indexer writes over the mask at the cells that it looks at, one name a layer
+(``build_attn`` of ``attn_k_dsa``). It is a leaf of the graph, which lies on the device from the start."""
 
 BORROWED, SLICES = -64, -4096
 """From here down: copies of keys and values that a layer reads from another's cache, two names a layer (``borrowed_names``), and
@@ -216,6 +223,11 @@ def slice_name(index: int) -> int:
     return SLICES - index
 
 
+def sparse_cells(profile: ModelProfile) -> int:
+    """Cells that each token looks at in a model with a sparse indexer; 0 where it looks at all."""
+    return profile.integer("attention.indexer.top_k") if profile.architecture in SPARSE_INDEXER else 0
+
+
 def deepstack_layers(profile: ModelProfile) -> int:
     """The first layers to whose result an image adds more of itself (``n_deepstack_layers``, Qwen3-VL)."""
     return profile.integer("n_deepstack_layers") if profile.architecture in ("qwen3vl", "qwen3vlmoe") else 0
@@ -249,7 +261,11 @@ def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
     sizes: dict[int, Size] = {name: (align(size), STEADY) for name, size in fixed.items()}
     sizes[MASK] = (0, (tokens * mask_element, 0))
     sizes[MASK - WINDOW] = (0, (0, tokens * mask_element))
+    sizes[CHOICE_MASK] = (0, (tokens * F16, 0)) if sparse_cells(profile) else (0, STEADY)
+    chosen = sparse_cells(profile)
     for i, cache in enumerate(layer_caches(profile)):
+        if chosen:
+            sizes[ZEROS - i] = align(chosen * tokens * F32), STEADY
         if per_layer:
             sizes[slice_name(i)] = align(per_layer // profile.n_layers * tokens * F32), STEADY
         if cache.borrows_cache:

@@ -135,6 +135,15 @@ class Programs:
             self._made[key] = graph.tape.compile({}, sizes=self._sizes, kept=frozenset(self._sizes))
         return self._made[key]
 
+    def release(self, name: int) -> Program:
+        """A leaf of the graph is read for the last time."""
+        key = ("release", name)
+        if key not in self._made:
+            tape = Tape()
+            tape.use(name)
+            self._made[key] = tape.compile({}, sizes={name: self._sizes[name]})
+        return self._made[key]
+
     def handed_over(self, *, norm: bool) -> Program:
         """The residual goes to the next device; with it, the first norm of that device's first layer."""
         key = ("handed over", norm)

@@ -22,6 +22,7 @@ from planner.graph import (
     next_early,
 )
 from planner.inputs import (
+    CHOICE_MASK,
     DEEPSTACK,
     EMBEDDING,
     EXTRA_ROWS,
@@ -38,6 +39,7 @@ from planner.inputs import (
     STATE_ROWS,
     VALUE_ROTATION,
     WINDOW,
+    ZEROS,
     Scale,
     attention_features,
     borrowed_names,
@@ -46,6 +48,7 @@ from planner.inputs import (
     input_sizes,
     rotates,
     slice_name,
+    sparse_cells,
 )
 from planner.profile import ModelProfile
 from planner.programs import Programs, adds_positions, layer_kinds
@@ -85,12 +88,14 @@ class DevicePart:
 class Schedule:
     """What happens in the buffer of one device. Two are equal only if they are the same.
 
+    * ``leaves``: name and size of what lies there before everything else, once.
     * ``unnamed``: tensors that stay all the while; nothing here reads them.
     * ``inputs``: name and size of what lives when the first program begins.
     * ``copies``: of each of those.
     * ``programs``: in order, with how often each is repeated.
     """
 
+    leaves: tuple[tuple[int, Size], ...]
     unnamed: tuple[Size, ...]
     inputs: tuple[tuple[int, Size], ...]
     copies: int
@@ -112,6 +117,7 @@ class Schedules:
         """Bytes of the input that takes an image's embeddings instead of tokens."""
         self._altup = profile.integer("altup.num_inputs") > 1
         self._lends = any(cache.borrows_cache for cache in self._caches)
+        self._sparse = sparse_cells(profile) > 0
         self._owners = [i for i in range(self._n) if self._caches[i].owns_cache]
         tensors = profile.layer_tensors
         early = {i for i, kind in enumerate(self._kinds) if fetches_early(tensors[kind])}
@@ -211,6 +217,7 @@ class Schedules:
         programs += [self._programs.foreign(i) for i in part.foreign_experts]
         programs += [self._programs.output(pinned=part.copies > 1 and not own)] if part.output else []
         return Schedule(
+            leaves=tuple((ZEROS - i, self.sizes[ZEROS - i]) for i in (*part.visitors, *own) if self._sparse),
             unnamed=(
                 *self._hoisted(part),
                 *self._slices(part),
@@ -282,6 +289,7 @@ class Schedules:
                     kept=kept,
                 )
             )
+            programs += [self._programs.release(ZEROS - i)] if self._sparse else []
         return programs
 
     def _begins_normed(self, i: int) -> bool:
@@ -411,6 +419,8 @@ class Schedules:
         if visiting and attends_in_ram(self._profile, i):
             return tuple(name for name in names if name in (POSITIONS, KEY_ROTATION - offset))
         mask = () if self._scale.attention == "host" and not on_host else (MASK - offset,)
+        if self._sparse:
+            mask = (CHOICE_MASK, *mask)
         return (*names, *mask, *extra)
 
 
