@@ -21,16 +21,22 @@ WANTED = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "OLLAMA_SCHED_SPREAD": "1"}
 """What Ollama's own environment must say, so that the launcher sees every GPU under the number that NVML has for it."""
 
 
-def ollama_environment(processes: Path = Path("/proc")) -> dict[str, str] | None:
-    """The environment of the ``ollama serve`` that runs here; ``None`` where none runs or it may not be read."""
+def ollama_environment(library: Path, processes: Path = Path("/proc")) -> dict[str, str] | None:
+    """The environment of the ``ollama serve`` that runs here and, as far as can be told, has its libraries in ``library``.
+
+    ``None`` where none runs or it may not be read.
+    """
     for process in processes.glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
-            if Path(os.fsdecode(words[0])).name == "ollama" and b"serve" in words:
-                entries = os.fsdecode((process / "environ").read_bytes()).split("\0")
-                return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+            if Path(os.fsdecode(words[0])).name != "ollama" or b"serve" not in words:
+                continue
+            entries = os.fsdecode((process / "environ").read_bytes()).split("\0")
+            own = (process / "exe").resolve().parent.parent / "lib" / "ollama"
         except OSError:
             continue
+        if not own.is_dir() or own.samefile(library):  # another installation of Ollama has other libraries
+            return dict(entry.split("=", 1) for entry in entries if "=" in entry)
     return None
 
 
@@ -76,7 +82,7 @@ def install_command(given: Path | None, url: str | None, user: str | None) -> No
     """Puts the launcher in llama-server's place; Ollama's own stays beside it as llama-server.stock."""
     settings = load_settings()
     library = find_library(given)
-    environment = ollama_environment() or {}
+    environment = ollama_environment(library) or {}
     if problem := hidden_cards_problem(environment, _gpus()):
         raise LauncherError(problem)
     done = install(library, url=url or settings.host.connectable().url, token=settings.bearer, user=user)
@@ -101,7 +107,7 @@ def remove_command(given: Path | None) -> None:
 def status_command(given: Path | None, as_json: bool) -> None:
     """What is in Ollama's library folder, and whether Ollama's environment suits the launcher."""
     found = inspect(find_library(given))
-    environment = ollama_environment()
+    environment = ollama_environment(found.library)
     missing = None if environment is None else missing_variables(environment)
     if as_json:
         click.echo(json.dumps({**asdict(found), "library": str(found.library), "environment_missing": missing}, indent=2))

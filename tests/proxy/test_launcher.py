@@ -426,9 +426,26 @@ def test_the_running_ollamas_environment_is_read(tmp_path):
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "cmdline").write_text(command)
         (tmp_path / pid / "environ").write_text(environment)
-    assert ollama_environment(tmp_path) == {"A": "3", "B": "x=y"}
+    assert ollama_environment(tmp_path, tmp_path) == {"A": "3", "B": "x=y"}
     (tmp_path / "9" / "environ").unlink()
-    assert ollama_environment(tmp_path) is None
+    assert ollama_environment(tmp_path, tmp_path) is None
+
+
+def test_of_several_ollamas_the_one_with_this_library_is_meant(tmp_path):
+    for number, name in enumerate(("one", "other")):
+        (tmp_path / name / "lib" / "ollama").mkdir(parents=True)
+        (tmp_path / name / "bin").mkdir()
+        put(tmp_path / name / "bin" / "ollama", b"")
+        process = tmp_path / "processes" / str(number)
+        process.mkdir(parents=True)
+        (process / "cmdline").write_text("ollama\0serve\0")
+        (process / "environ").write_text(f"NAME={name}\0")
+        (process / "exe").symlink_to(tmp_path / name / "bin" / "ollama")
+    for name in ("one", "other"):
+        assert ollama_environment(tmp_path / name / "lib" / "ollama", tmp_path / "processes") == {"NAME": name}
+    third = tmp_path / "third"
+    third.mkdir()
+    assert ollama_environment(third, tmp_path / "processes") is None
 
 
 def card(uuid: str, pci_id: str, sms: int) -> Gpu:
@@ -470,7 +487,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "_gpus", lambda: FAST_SECOND)
     environment: dict[str, str] | None = {}
-    monkeypatch.setattr(launcher, "ollama_environment", lambda: run.environment)
+    monkeypatch.setattr(launcher, "ollama_environment", lambda library: run.environment)
 
     def run(*arguments: str, environment: dict[str, str] | None = environment):
         run.environment = environment
