@@ -45,7 +45,7 @@ STOCK, BEHIND, PROXY = (f"http://127.0.0.1:{port}" for port in (21434, 21435, 21
 WAYS = ("stock", "auto", "boost 1.0", "boost 1.75")
 RUNS = 3
 PROMPT_WORDS = 1850
-ANSWER_TOKENS = 96
+ANSWER_TOKENS = 64
 UNFILLED_MIB = (66000, 66000)
 """Of two cards that one GPU stands for, in cases that do not say it."""
 SHARES = (0.38, 0.44)
@@ -376,18 +376,22 @@ def tuned(bench: Bench) -> int:
             bench.hold(sms)
             time.sleep(0.5)
             body = {"prompt": "a b", "n_predict": 48, "ignore_eos": True, "cache_prompt": False, **SAMPLING}
-            return float(complete(port, "/completion", body)["timings"]["predicted_per_second"])  # type: ignore[index]
+            return float(complete(port, "/completion", body, timeout_s=15)["timings"]["predicted_per_second"])  # type: ignore[index]
 
         rate(0)
         free = rate(0)
-        low, high = 0, 2 * (sms_of_second() or 132)  # twice as many as there are: two kernels in flight
-        for _ in range(8):
-            sms = (low + high) // 2
-            rates[sms] = rate(sms) / free
+        low, high = 0, sms_of_second() or 132  # all of them would leave next to nothing
+        sms = high - 6  # what two H200 needed
+        for _ in range(7):
+            try:
+                rates[sms] = rate(sms) / free
+            except OSError:
+                rates[sms] = 0.0
             print(f"{sms} SMs held: {rates[sms]:.2f} of the GPU's decode rate of {free:.1f} tokens/s", flush=True)
             if SHARES[0] <= rates[sms] <= SHARES[1]:
                 break
             low, high = (sms, high) if rates[sms] > SHARES[1] else (low, sms)
+            sms = (low + high) // 2
     return min(rates, key=lambda sms: abs(rates[sms] - sum(SHARES) / 2))
 
 

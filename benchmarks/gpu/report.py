@@ -32,7 +32,7 @@ from proxy.gpus.static import StaticSource
 
 DEVICES = ("CUDA0", "CUDA1")
 RIG = StaticSource.from_arguments(["H200", "H200"]).rig()
-TOKENS = 2048 + 96 // 2
+TOKENS = 2048 + 64 // 2
 """Tokens in the context, halfway through an answer."""
 WORKSPACE_BYTES = 112 * MIB
 """What a process takes on a GPU beside its context and the buffers that it prints, once it has answered: cuBLAS workspaces and
