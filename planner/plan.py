@@ -15,7 +15,7 @@ from planner.profile import ModelProfile
 from planner.reasons import boost_reason, reasons
 from planner.request import Candidate, Era, PlanRequest
 from planner.search import Search
-from planner.stock import StockLoad, libraries, on_rig, settings_on, stock_load
+from planner.stock import DEFAULT_BATCH, StockLoad, libraries, on_rig, settings_on, stock_load
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,18 +118,23 @@ def _without(stock: Candidate, candidates: Sequence[Candidate]) -> Iterator[Cand
 def _splits(search: Search, load: StockLoad, solos: Sequence[Candidate]) -> Iterator[Candidate]:
     """The splits of each library's GPUs, the boost algorithm's layouts, and everything in RAM.
 
-    Layers or experts are left in RAM only where neither a GPU nor all of them hold everything.
+    Layers or experts are left in RAM only where neither a GPU nor all of them hold everything. Where they are not, Ollama's
+    smallest batch is looked at too: its compute buffers leave room for layers, and short micro-batches overlap. (Weights in RAM
+    would be copied for each of them.)
     """
     for gpus in libraries(search.rig):
         settings = settings_on(search.profile, search.rig, search.request, gpus)
         if search.request.num_batch is None and load.settings.batch > settings.batch:
             settings = replace(settings, batch=load.settings.batch, ubatch=load.settings.ubatch)
-        full = list(search.splits(gpus, settings, full=True))
+        batches = [settings]
+        if search.request.num_batch is None and settings.batch > DEFAULT_BATCH:
+            batches.append(replace(settings, batch=DEFAULT_BATCH, ubatch=DEFAULT_BATCH))
+        full = [split for batch in batches for split in search.splits(gpus, batch, full=True)]
         yield from full
-        if len(gpus) > 1:
-            yield from search.boosted(gpus, settings)
         if not full and not any(search.holds(solo) for solo in solos):
             yield from search.splits(gpus, settings, full=False)
+        if len(gpus) > 1:
+            yield from search.boosted(gpus, settings)
     cpu = on_cpu(n_gpus=len(search.rig.gpus), n_layers=search.profile.n_layers)
     yield search.candidate("all in RAM", cpu, settings_on(search.profile, search.rig, search.request, ()))
 

@@ -11,6 +11,7 @@ for more with the devices in the order of their speed, each in turn as the one w
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, combinations, pairwise
@@ -254,7 +255,7 @@ class Search:
 
     def _expert_splits(self, gpus: Sequence[int], settings: LoadSettings) -> Iterator[Candidate]:
         """Experts of as few layers as possible in RAM: more never read faster, except where that frees a faster GPU."""
-        low, high = 0, self.profile.n_layers
+        low, high = 0, self._most_in_ram(gpus[0], settings)
         found = {high: self.best_split(gpus, settings, cpu_experts=high)}
         if found[high] is None:
             return
@@ -266,6 +267,15 @@ class Search:
             candidate = found.get(count) or self.best_split(gpus, settings, cpu_experts=count)
             if candidate:
                 yield candidate
+
+    def _most_in_ram(self, gpu: int, settings: LoadSettings) -> int:
+        """How many of the lowest layers can have their experts in the host's RAM, beside what is there anyway."""
+        n, free, experts = self.profile.n_layers, self.rig.host.free_bytes, self.sizes(settings).experts_prefix
+        if free is None or experts[n] * 2 < free:  # half of it is more than enough for all else
+            return n
+        everything = replace(solo(gpu, n_gpus=len(self.rig.gpus), n_layers=n), cpu_experts=frozenset(range(n)))
+        host = estimate_memory(self.profile, settings, everything).host
+        return max(bisect_right(experts, free - (host.total_bytes - experts[n])) - 1, 0)
 
     def _placement(self, split: Split, cpu_experts: int) -> Placement:
         layers = [0] * len(self.rig.gpus)

@@ -184,6 +184,35 @@ def test_experts_go_to_ram_before_whole_layers() -> None:
     assert decode(plan.chosen) > decode(plan.stock)
 
 
+@pytest.mark.parametrize("ram_gib", [48, 56, 128])
+def test_experts_go_to_ram_as_far_as_it_holds_them(ram_gib: int) -> None:
+    """Of a Scout's 58 GiB of experts some three quarters have to: a host with 48 GiB does as well as one with all the room."""
+    rig = models.rig(models.rtx5090(15_000), models.rtx3090(10_000), ram_gib=ram_gib)
+    plan = make_plan(models.header("llama4-scout-q4km"), rig, PlanRequest(num_ctx=8192))
+    assert 30 < len(plan.chosen.placement.cpu_experts) < 40
+    assert plan.chosen.memory.host.total_bytes <= ram_gib * models.GIB
+    assert decode(plan.chosen) > decode(plan.stock)
+
+
+@pytest.mark.parametrize("num_ctx", [8192, 32768])
+def test_a_larger_automatic_batch_does_not_cost_the_fast_card_layers(num_ctx: int) -> None:
+    """With more memory Ollama chooses larger batches, whose buffers take the room of layers: so the smallest is looked at."""
+    fast, slow = models.rtx5090(20_000), [models.gpu("slow", free_mib, gb_per_s=300) for free_mib in (12_000, 48_000)]
+    profile = models.header("qwen2.5-32b-q4km")
+    small, large = (make_plan(profile, models.rig(fast, card), PlanRequest(num_ctx=num_ctx)) for card in slow)
+    assert small.chosen.settings.batch == 512
+    assert any(candidate.settings.batch > 512 for candidate in large.alternatives)
+    assert decode(large.chosen) >= decode(small.chosen) * (1 - TIE)
+    assert large.chosen.fits
+
+
+def test_a_batch_that_is_set_is_kept() -> None:
+    """``num_batch`` is the client's wish."""
+    profile, rig = models.header("qwen2.5-32b-q4km"), models.rig(models.rtx5090(20_000), models.gpu("slow", 48_000, gb_per_s=300))
+    plan = make_plan(profile, rig, PlanRequest(num_ctx=32768, num_batch=1024))
+    assert all(candidate.settings.batch == 1024 for candidate in (*plan.alternatives, *plan.rejected))
+
+
 def test_a_wider_margin_is_kept() -> None:
     """After a load that failed."""
     margin = 3 * models.GIB
