@@ -94,6 +94,10 @@ class Launches:
         _put(self._unseen, blob, unseen)
         return before
 
+    def level(self, blob: str) -> int:
+        """How careful the next answer for ``blob`` will be at least: 0 where none has failed lately."""
+        return self._before(blob)
+
     def given(self, blob: str, answer: object, context: int) -> None:
         """``answer`` went out for ``blob``: from now on it is open whether that loads."""
         _put(self._pending, blob, _Given(answer=answer, context=context, at=self._clock()))

@@ -66,6 +66,12 @@ class Ollama:
             raise ModelError(f"Ollama does not show {name}: {_error(answer)}")
         return value
 
+    async def unload(self, name: str) -> None:
+        """Unloads a model once its requests have ended."""
+        answer = await self._tell("POST", "/api/generate", {"model": name, "keep_alive": 0})
+        if answer.status_code != httpx.codes.OK:
+            raise ModelError(f"Ollama does not unload {name}: {_error(answer)}")
+
     async def create(self, name: str, *, base: str, parameters: Mapping[str, Any]) -> None:
         """A model of ``base`` with more ``parameters``. Raises ``ModelError`` with Ollama's reason where it refuses."""
         body = {"model": name, "from": base, "parameters": dict(parameters), "stream": False}

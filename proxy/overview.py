@@ -88,7 +88,7 @@ class Overview:
             "actual_vram_bytes": actual.vram_bytes if actual else None,
             "misplaced": where,
             "context_length": actual.context_length if actual else None,
-            "context_note": f"the context was cut from {in_force.planned_ctx}" if smaller else None,
+            "context_note": f"{in_force.planned_ctx} tokens of context were planned" if smaller else None,
             **await asyncio.to_thread(self._calibrator.speeds, in_force),
         }
 

@@ -27,7 +27,7 @@ from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.static import StaticSource
 from proxy.inforce import InForce, Ledger, file_name, held_bytes
-from proxy.launches import Launches, blob_name
+from proxy.launches import MOST_CAREFUL, Launches, blob_name
 from proxy.loading import asked_context, plan_request
 from proxy.ollama import Loaded, Ollama
 from proxy.options import MAIN_GPU, Delivery, deliver, deliver_by_launcher, own_wish, stock
@@ -38,7 +38,7 @@ from proxy.rules import Rule
 from proxy.running import Running, running
 from proxy.settings import Settings
 from proxy.statefile import StateFile
-from proxy.steady import due, said, same_runner, worth_reload
+from proxy.steady import REPLAN_S, due, said, same_runner, worth_reload
 from proxy.v1seen import SeenOnV1
 
 PLAN_S = 10.0
@@ -74,6 +74,10 @@ class _Slot:
     users: int = 0
     seen_at: float = 0.0
     restarts: int = 0
+    cut_at: float | None = None
+    """Since when the current placement is known to have less context than planned, after a load that failed."""
+    mended: bool = False
+    """It was loaded anew for that reason, and not seen with the whole context since."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -327,7 +331,10 @@ class Placements:
             if unchanged:
                 return unchanged
         if unchanged and blob in loaded:
-            return await self._still(unchanged, request, facts, loaded)
+            if not await self._mends_context(slot, unchanged, request, facts, loaded):
+                return await self._still(unchanged, request, facts, loaded)
+            loaded = {other: entry for other, entry in loaded.items() if other != blob}
+        slot.cut_at = None
         failure = self._failure(blob, num_ctx)
         careful = failure.careful if failure else 0
         plan, delivery = None, stock("the plans before ran out of memory", without=MAIN_GPU)
@@ -374,6 +381,37 @@ class Placements:
             return again
         log.info("%s: %s, in place of %s", current.model, delivery.text, current.delivery.text)
         return replace(again, plan=plan, delivery=delivery, held_bytes=held_bytes(plan, delivery))
+
+    async def _mends_context(
+        self, slot: _Slot, current: InForce, request: LoadRequest, facts: ModelFacts, loaded: Mapping[str, Loaded]
+    ) -> bool:
+        """Unloads ``current``, which is idle, where a failed load cost it context and a plan holds the whole of it by now.
+
+        Ollama itself tries again with a smaller context where nobody sets one. Not before ``REPLAN_S``, and once.
+        """
+        entry, planned_ctx = loaded[current.blob], current.planned_ctx or 0
+        if not 0 < entry.context_length < planned_ctx:
+            slot.cut_at, slot.mended = None, False
+            return False
+        level, now = self._launches.level(blob_name(current.blob)), self._clock()
+        if slot.cut_at is None and level:
+            slot.cut_at = now
+            log.warning("%s: loaded with %d tokens of context, not %d", current.model, entry.context_length, planned_ctx)
+        if slot.cut_at is None or slot.mended or now - slot.cut_at < REPLAN_S or level >= MOST_CAREFUL or entry.pinned:
+            return False
+        plan, delivery = await self._new_plan(request, facts, loaded, careful=1)
+        if plan is None or not delivery.by_launcher or plan.chosen.settings.num_ctx < planned_ctx:
+            return False
+        if plan.chosen.placement.cpu_layers > (current.plan.chosen.placement.cpu_layers if current.plan else 0):
+            return False
+        slot.mended = True
+        log.info("%s is loaded anew: there is room for %d tokens of context again", current.model, planned_ctx)
+        try:
+            await self._ollama.unload(request.model)
+        except LopsidedError as error:
+            log.warning("%s stays loaded: %s", current.model, error)
+            return False
+        return True
 
     def _forget_ended(self, loaded: Collection[str], *, kept: str) -> None:
         """Drops what was taken over of models that are not ``loaded`` any more, once that is known."""

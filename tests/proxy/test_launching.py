@@ -15,9 +15,11 @@ import pytest
 
 from planner.placement import Placement, solo
 from planner.request import MARGIN_BYTES
+from proxy import placement
 from proxy.access import LAUNCH_PATH, bears_token, is_loopback, refuses_own
 from proxy.gpus.static import StaticSource
 from proxy.launch import BODY_LIMIT_BYTES
+from proxy.launches import Launches
 from proxy.launching import ANSWER_S
 from proxy.loading import WIDER_MARGIN_BYTES
 from proxy.settings import load_settings
@@ -276,6 +278,65 @@ def test_where_ollama_does_not_spread_a_solo_plan_still_goes_out_as_main_gpu(mac
     machine.launch("qwen2.5:32b", context=32768, OLLAMA_SCHED_SPREAD=None)
     assert machine.generate("qwen2.5:32b", num_ctx=32768).headers["x-lopsided-plan"].startswith("solo CUDA0; auto")
     assert machine.placed()["main_gpu"] == 0
+
+
+def test_a_context_that_a_failed_load_cost_comes_back_once_a_plan_holds_it(machine, monkeypatch, caplog):
+    # shows: Ollama tried again with a smaller context by itself; idle later, with room again, the model is loaded anew, once
+    monkeypatch.setattr(placement, "LOOK_S", 0.0)
+    scheduler, start, fails = machine.simulator.scheduler, machine.simulator.scheduler._start, True
+
+    async def launched(model, load):
+        context = load.settings.num_ctx
+        arguments = ["--model", model.blob_path, "-c", str(context), "-b", "512", "-ub", "512"]
+        body = "\n".join([*(f"{name}={value}" for name, value in SEEN.items()), "", *arguments, ""])
+        async with httpx.AsyncClient() as client:
+            await client.post(machine.url + LAUNCH_PATH, content=body)
+        if fails and context > 4096:
+            return "llama-server process has terminated: exit status 1: cudaMalloc failed: out of memory", 0.0
+        return await start(model, load)
+
+    monkeypatch.setattr(scheduler, "_start", launched)
+
+    def context() -> int:
+        machine.generate("phi4:14b").raise_for_status()
+        (model,) = httpx.get(machine.ollama + "/api/ps", timeout=10).json()["models"]
+        return model["context_length"]
+
+    assert context() == 4096
+    fails = False
+    assert context() == 4096, "not at once"
+    assert "loaded with 4096 tokens of context, not 16384" in caplog.text
+    assert httpx.get(machine.url + "/lopsided/models", timeout=10).json()["models"][0]["context_note"]
+    monkeypatch.setattr(placement, "REPLAN_S", 0.0)
+    assert context() == 16384
+    starts = scheduler.count("launch")
+    assert context() == 16384
+    assert scheduler.count("launch") == starts
+    assert "; by the launcher" in machine.generate("phi4:14b").headers["x-lopsided-plan"]
+
+
+def test_a_context_that_cannot_come_back_is_tried_for_once(machine, monkeypatch):
+    monkeypatch.setattr(placement, "LOOK_S", 0.0)
+    monkeypatch.setattr(placement, "REPLAN_S", 0.0)
+    real = Launches.level
+    monkeypatch.setattr(Launches, "level", lambda self, blob: max(real(self, blob), 1))  # as after a failed load
+    machine.launch("phi4:14b", context=16384)
+    monkeypatch.setattr(machine.simulator.scheduler, "_start", smaller(machine.simulator.scheduler._start))
+    for _ in range(4):
+        machine.generate("phi4:14b").raise_for_status()
+        machine.launch("phi4:14b", context=4096)  # the launcher goes on asking
+    assert machine.simulator.scheduler.count("launch") == 4  # two loads, and of each Ollama's second try
+
+
+def smaller(start):
+    """A start that fails with the whole context, whatever is free."""
+
+    async def started(model, load):
+        if load.settings.num_ctx > 4096:
+            return "cudaMalloc failed: out of memory", 0.0
+        return await start(model, load)
+
+    return started
 
 
 def test_what_the_launcher_placed_is_shown_whoever_the_client_was(machine):

@@ -134,6 +134,6 @@ async def row_of(*, vram_bytes: int, context: int) -> dict:
 async def test_what_is_not_as_it_was_planned_is_said():
     row = await row_of(vram_bytes=1, context=4096)
     assert "were expected" in row["misplaced"]
-    assert row["context_note"] == "the context was cut from 8192"
+    assert row["context_note"] == "8192 tokens of context were planned"
     well = await row_of(vram_bytes=sum(row["predicted_bytes"]), context=8192)
     assert (well["misplaced"], well["context_note"]) == (None, None)
