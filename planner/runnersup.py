@@ -17,7 +17,8 @@ RUNNERS_UP = 5
 def with_runners_up(plan: Plan) -> Plan:
     """``plan`` with at least ``RUNNERS_UP`` alternatives, where so many fit: the chosen split with layers moved fills them up."""
     search = Search(plan.profile, plan.rig, plan.request)
-    seen = {candidate.placement for candidate in (plan.chosen, plan.stock, *plan.alternatives)}
+    known = {candidate.placement for candidate in (plan.chosen, plan.stock, *plan.alternatives)}
+    passed = {plan.chosen.placement}
     others = [candidate for candidate in plan.alternatives if candidate is not plan.chosen]
     near: list[Candidate] = [plan.chosen]
     for source in near:
@@ -25,9 +26,10 @@ def with_runners_up(plan: Plan) -> Plan:
             if len(others) >= RUNNERS_UP:
                 break
             moved = search.candidate(in_words(placement, search.names), placement, source.settings)
-            if placement not in seen and search.holds(moved):
-                seen.add(placement)
-                others.append(moved)
+            if placement not in passed and search.holds(moved):
+                passed.add(placement)
                 near.append(moved)
+                if placement not in known:
+                    others.append(moved)
     kept = [candidate for candidate in plan.alternatives if candidate is plan.chosen]
     return replace(plan, alternatives=(*kept, *ranked(others, plan.request.objective)))

@@ -90,6 +90,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "output_gpu": placement.output_gpu,
         "cpu_layers": placement.cpu_layers,
         "cpu_experts": sorted(placement.cpu_experts),
+        "num_batch": candidate.settings.batch,
         "devices": [
             {
                 "weights_bytes": device.weights_bytes,

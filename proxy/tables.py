@@ -328,14 +328,16 @@ def _comparison(plan: Plan, delivery: Delivery, names: Sequence[str]) -> Table:
 
 
 def _candidates(title: str, rows: Sequence[tuple[str, Candidate]], names: Sequence[str]) -> Table:
-    """``decode`` is the speed of an answer, ``prefill`` that of reading the prompt; a column of labels where there are any."""
-    right = ("decode", "prefill", "GiB on each GPU")
+    """``decode`` is the speed of an answer, ``prefill`` that of reading the prompt; labels and batches where they differ."""
     labelled = any(label for label, _ in rows)
+    batched = len({candidate.settings.batch for _, candidate in rows}) > 1
+    right = (*["batch"] * batched, "decode", "prefill", "GiB on each GPU")
     table = new_table(*[""] * labelled, "placement", *right, title=title, right=right)
     for label, candidate in rows:
         table.add_row(
             *[label] * labelled,
             in_words(candidate.placement, names) + ("" if candidate.fits else " (does not fit)"),
+            *[str(candidate.settings.batch)] * batched,
             rate(candidate.decode_tokens_per_s),
             rate(candidate.prefill_tokens_per_s),
             " + ".join(f"{device.total_bytes / GIB:.1f}" if device.total_bytes else "-" for device in candidate.memory.devices),

@@ -10,6 +10,7 @@ from planner.choice import TIE
 from planner.plan import make_plan
 from planner.request import PlanRequest
 from planner.runnersup import RUNNERS_UP, with_runners_up
+from planner.search import Search
 from tests.planner import models
 
 
@@ -24,6 +25,15 @@ def test_a_split_has_five_runners_up_that_fit_the_best_first(num_ctx: int) -> No
     assert all(other.fits for other in others)
     for better, worse in pairwise((plan.chosen, *others)):
         assert worse.decode_tokens_per_s <= better.decode_tokens_per_s * (1 + TIE)
+
+
+def test_a_way_to_the_runners_up_may_lead_over_a_placement_that_is_listed_already() -> None:
+    """The boost algorithm's layout is one layer beside the best split: the next ones lie behind it."""
+    rig = models.rig(models.rtx5090(), models.gpu("RTX 8000", 47_000, gb_per_s=672, capability=(7, 5)), ram_gib=16)
+    plan = make_plan(models.header("llama3.3-70b-q4km"), rig, PlanRequest(num_ctx=16384))
+    moved = set(Search(plan.profile, plan.rig, plan.request).moves(plan.chosen))
+    assert moved <= {other.placement for other in plan.alternatives}
+    assert len(with_runners_up(plan).alternatives) > RUNNERS_UP
 
 
 def test_the_plan_itself_stays_as_it_is() -> None:
