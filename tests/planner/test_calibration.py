@@ -162,6 +162,36 @@ def test_splits_of_several_proportions_tell_the_cards_apart() -> None:
         assert rates == pytest.approx(truth.rates[uuid], rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("rate", "prefill", "hop_s"), [(0.6, 0.5, 0.0), (1.0, 0.5, 0.5e-3), (1.0, 0.3, 2e-3)], ids=["power limit", "x4 slot", "eGPU"]
+)
+def test_what_holds_a_card_back_is_found_whatever_it_is(rate: float, prefill: float, hop_s: float) -> None:
+    """A lower rate, or longer ways to the card and back: after answers of three splits a fourth one runs as predicted."""
+    model = models.quantized("qwen2.5-32b-q4km", "q4_0")
+    fast, slow = (gpu_rates(gpu) for gpu in PAIR.gpus)
+    truth = Calibration(
+        rates={
+            "GPU-fast": (fast.decode_bytes_per_s, fast.prefill_flops_per_s),
+            "GPU-slow": (slow.decode_bytes_per_s * rate, slow.prefill_flops_per_s * prefill),
+        }
+    )
+
+    def real(layers: int) -> tuple[Placement, float, float]:
+        placement = Placement(layers=(64 - layers, layers), order=(1, 0), output_gpu=0)
+        speed = predict_speed(model, PAIR, SETTINGS, placement, truth)
+        return placement, 1 / (1 / speed.decode_tokens_per_s + hop_s), speed.prefill_tokens_per_s
+
+    chance = random.Random(4)
+    seen = [answer(model, *real(layers), slower=chance.gauss(1, 0.02)) for layers in (12, 16, 20) for _ in range(4)]
+    placement, decode, prompt = real(26)
+    speed = predict_speed(model, PAIR, SETTINGS, placement, learn(model, seen))
+    assert speed.calibrated
+    assert speed.decode_tokens_per_s == pytest.approx(decode, rel=0.05)
+    assert speed.prefill_tokens_per_s == pytest.approx(prompt, rel=0.10)
+    without = predict_speed(model, PAIR, SETTINGS, placement)
+    assert abs(without.prefill_tokens_per_s / prompt - 1) > 0.10
+
+
 def test_one_split_that_is_always_wrong_does_not_have_its_way() -> None:
     """One split of seven is not where it is believed to be, and runs 2.5 times as fast: the rates come out within 10 %."""
     truth = Calibration(rates={"GPU-fast": (3e12, 9e13), "GPU-slow": (1e12, 3e13)})
