@@ -16,13 +16,18 @@ BALANCED_TURN = (1024, 256)
 """Tokens of prompt and answer by which the objective ``balanced`` weighs prefill and decode."""
 
 
-def score(candidate: Candidate, objective: Objective) -> float:
-    """What the objective wants more of: tokens/s of decode or prefill, or of a whole turn."""
+def turn(objective: Objective) -> tuple[float, float]:
+    """Tokens of prompt and answer that the objective wants fast."""
     if objective == "decode":
-        return candidate.decode_tokens_per_s
+        return 0, 1
     if objective == "prefill":
-        return candidate.prefill_tokens_per_s
-    prompt, answer = BALANCED_TURN if objective == "balanced" else objective
+        return 1, 0
+    return BALANCED_TURN if objective == "balanced" else objective
+
+
+def score(candidate: Candidate, objective: Objective) -> float:
+    """What the objective wants more of: tokens/s of its turn."""
+    prompt, answer = turn(objective)
     return (prompt + answer) / (prompt / candidate.prefill_tokens_per_s + answer / candidate.decode_tokens_per_s)
 
 

@@ -15,7 +15,7 @@ Era = Literal["runner", "llama-server"]
 """``runner``: Ollama 0.11.5 to 0.24; ``llama-server``: 0.30 and later."""
 
 Objective = Literal["decode", "prefill", "balanced"] | tuple[float, float]
-"""What is to be fast: writing the answer, reading the prompt, or a chat turn of both: ``planner.search.BALANCED_TURN``, or one of
+"""What is to be fast: writing the answer, reading the prompt, or a chat turn of both: ``planner.choice.BALANCED_TURN``, or one of
 so many tokens of prompt and answer."""
 
 MARGIN_BYTES = 384 * MIB

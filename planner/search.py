@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, combinations, pairwise
 
+from planner.choice import turn
 from planner.costs import layer_costs
 from planner.cuts import EXACT_GPUS, FEW_LAYERS, ROLES, SLACK_LAYERS, Problem, Split, few, role
 from planner.hardware import Rig, gpu_names
@@ -23,10 +24,10 @@ from planner.layout import create_layout
 from planner.memory import estimate_memory
 from planner.placement import Placement, in_words, solo
 from planner.profile import ModelProfile
-from planner.request import Candidate, PlanRequest
+from planner.request import Candidate, Objective, PlanRequest
 from planner.settings import LoadSettings
 from planner.sizes import Sizes
-from planner.speed import Work, decode_seconds, gpu_rates, host_rates, model_work, work_speed
+from planner.speed import PROMPT_TOKENS, Work, decode_seconds, gpu_rates, host_rates, model_work, prefill_seconds, work_speed
 from planner.stock import StockLoad, on_rig, settings_on
 
 BOOSTS = (1.0, 1.25, 1.5, 1.75, 2.0)
@@ -197,19 +198,36 @@ class Search:
                 device = found.memory.devices[gpu]
                 if device.total_bytes > self.limits[gpu]:
                     buffers[gpu, role(position, len(split.counts)), few(layers)] = device.compute_bytes
-        return self._polished(best) if best and cpu_experts else best
+        return self._polished(best, "decode") if best and cpu_experts else best
 
-    def _polished(self, best: Candidate) -> Candidate:
+    def _polished(self, best: Candidate, objective: Objective) -> Candidate:
         """``best`` after every move of one layer at a time that is faster and fits, measured exactly."""
-        work = self.work(best.settings)
+        seconds = self._turn_seconds(best.settings, best.placement, objective)
         moves = iter(self.moves(best))
         while (placement := next(moves, None)) is not None:
-            if self.decode_seconds(work, placement) * best.decode_tokens_per_s < 1 - LEAST_GAIN:
+            moved_s = self._turn_seconds(best.settings, placement, objective)
+            if moved_s < seconds * (1 - LEAST_GAIN):
                 moved = self.candidate(in_words(placement, self.names), placement, best.settings)
                 if self.holds(moved):
-                    best = moved
+                    best, seconds = moved, moved_s
                     moves = iter(self.moves(best))
         return best
+
+    def _turned(self, candidate: Candidate) -> Candidate:
+        """``candidate`` with its devices in the opposite order."""
+        placement = candidate.placement
+        order = tuple(gpu for gpu in reversed(placement.order) if placement.layers[gpu])
+        turned = replace(placement, order=order, output_gpu=order[-1])
+        return self.candidate(in_words(turned, self.names), turned, candidate.settings)
+
+    def _turn_seconds(self, settings: LoadSettings, placement: Placement, objective: Objective) -> float:
+        """Seconds of the turn that ``objective`` wants fast."""
+        (prompt, answer), work = turn(objective), self.work(settings)
+        seconds = answer * self.decode_seconds(work, placement) if answer else 0.0
+        if prompt:
+            each = prefill_seconds(work, placement, self.rates, self.host, ubatch=settings.ubatch) / PROMPT_TOKENS
+            seconds += prompt * each
+        return seconds
 
     def moves(self, candidate: Candidate) -> Iterator[Placement]:
         """One layer from a device (or RAM) to the next one, either way, where half a compute buffer more would make room."""
@@ -243,13 +261,21 @@ class Search:
                 yield moved(upper, lower)
 
     def splits(self, gpus: Sequence[int], settings: LoadSettings, *, full: bool) -> Iterator[Candidate]:
-        """The best splits over ``gpus``: all on them, or (not ``full``) with a rest in RAM, whole layers or experts."""
-        groups = [tuple(gpus)]
+        """The best splits over ``gpus``: all on them, or (not ``full``) with a rest in RAM, whole layers or experts.
+
+        ``best_split`` is the fastest to decode; where prompts count, full ones are then moved, layer by layer, to what is wished.
+        """
+        groups, objective = [tuple(gpus)], self.request.objective
         if len(gpus) <= EXACT_GPUS:  # compute buffers depend on how many GPUs there are
             groups = [group for count in range(1 + full, len(gpus) + 1) for group in combinations(gpus, count)]
+        elif full and objective != "decode":
+            fastest = sorted(gpus, key=lambda gpu: (-self.rates[gpu].prefill_flops_per_s, gpu))
+            groups += [tuple(sorted(fastest[:count])) for count in range(2, EXACT_GPUS + 1)]
         for group in groups:
             if len(group) > full and (best := self.best_split(group, settings, partial=not full)):
                 yield best
+                if full and objective != "decode":
+                    yield from (self._polished(start, objective) for start in (best, self._turned(best)) if self.holds(start))
             if not full and self.profile.expert_count:
                 yield from self._expert_splits(group, settings)
 
