@@ -103,7 +103,8 @@ class LayerGraph:
         self._sparse_mask: int | None = None
         self._borrowed = borrowed
         self._per_layer = per_layer
-        self._projects_late = profile.architecture in PROJECTS_LATE
+        self._parallel = self._feeds_forward_beside()
+        self._projects_late = self._parallel and profile.architecture in PROJECTS_LATE
         self._attends_beside_state = attends_beside_state(self._weights)
         self._unprojected = self._projects_late or self._attends_beside_state
         self._experts_away = experts == "away"
@@ -199,6 +200,12 @@ class LayerGraph:
 
     def _add(self, a: int, b: int) -> int:
         return self.tape.op(max(self.tape.size(x) for x in (a, b) if x >= 0), a, b, into=(a, b))
+
+    def _feeds_forward_beside(self) -> bool:
+        """Whether feed-forward and attention both start from the layer's input (a parallel residual)."""
+        if self._profile.architecture == "gptneox":
+            return bool(self._profile.metadata.get("gptneox.use_parallel_residual"))
+        return not self._has("ffn_norm", "post_attention_norm", "attn_output_norm", "attn_post_norm", "ffn_pre_norm", "ln2")
 
     # attention
 
@@ -320,7 +327,16 @@ class LayerGraph:
         if self._offloaded and (cache.owns_cache or cache.borrows_cache):
             row = scale.keys.row_bytes(cache.key_elements)
             # with latent attention values are a view of keys, yet copied as well
-            copies = (self._cells(row), self._cells(row if latent else scale.values.row_bytes(value_features)))
+            value_row = row if latent else scale.values.row_bytes(value_features)
+            if scale.attention == "fallen":
+                values_copy = self._cells(value_row)
+                copies = (self._cells(row), values_copy)
+            elif scale.attention == "plain" and not latent:
+                keys_copy = self._cells(row)
+                self._bring(self._mask)
+                copies = (keys_copy, self._cells(value_row))
+            else:
+                copies = (self._cells(row), self._cells(value_row))
         else:
             copies = tuple(self.brought.get(name, name) for name in self._borrowed)
         mask = self._bring(self._mask) if self._sparse_mask is None else self._sparse_mask
@@ -341,11 +357,12 @@ class LayerGraph:
             scratch = self._per_cell(extra * scale.sequences)
             result = self.tape.op(out_features * self._tokens * F32, *reads, scratch=scratch)
             return result if latent or self._unprojected else self._rotated(result, out_features, self._value_rotation)
+        operands = copies[1:]
+        if scale.attention == "fallen" or latent:  # a cache made for fused attention, or keys as values: they lie the other way
+            row = scale.keys.row_bytes(value_features) if latent else scale.values.row_bytes(value_features)
+            operands = (self._cells(row, *copies[1:]),)
         scores = self.tape.op(0, q, *copies[:1], growth=self._per_cell(self._tokens * heads * F32))
         scores = self._in_place(scores, mask)
-        operands = copies[1:]
-        if scale.attention == "fallen":  # the cache was made for fused attention: values lie the other way round
-            operands += (self._cells(scale.values.row_bytes(value_features), *copies[1:]),)
         result = self._op(out_features, scores, *operands)
         if latent:
             return result
@@ -775,7 +792,7 @@ class LayerGraph:
         attention_input = cur
         recurrent = is_recurrent(self._weights)
         mixed = self._mix(cur)
-        parallel = not self._has("ffn_norm", "post_attention_norm", "attn_output_norm", "attn_post_norm", "ffn_pre_norm", "ln2")
+        parallel = self._parallel
         if mixed is not None:
             cur = mixed
             if self._has("post_attention_norm") and self._has("post_ffw_norm", "ffn_norm"):
@@ -799,11 +816,19 @@ class LayerGraph:
         if not self._has("ffn_up", "ffn_gate_inp"):
             return x
         if parallel and mixed is not None:
+            if self._has("attn_norm_2") or (self._has("ffn_norm") and not crop):  # a norm of its own
+                attention_input = self._op(self._width, x)
             out = self._ffn(attention_input)
+            architecture = self._profile.architecture
+            if architecture in ("falcon", "stablelm"):
+                attended = cur if crop else self._late_projection(cur)
+                if architecture == "stablelm":
+                    return self._add(out, self._add(attended, x))
+                return self._add(self._add(out, attended), x)
             if self._projects_late and not crop:
                 out = self._add(out, x)
                 return self._add(out, self._late_projection(cur))
-            return self._add(self._add(out, cur), x)
+            return self._add(self._add(cur, out) if architecture == "phi2" else self._add(out, cur), x)
         if self._has("attn_output_norm"):
             x = self._norm(x)
         pre = self._has("ffn_norm") or (self._has("post_attention_norm") and not self._has("post_ffw_norm"))
@@ -911,8 +936,8 @@ LATE_OUTPUTS = frozenset(
 SUMS_INTO_RESIDUAL = frozenset({"lfm2", "lfm2moe"})
 """Architectures both of whose sums take over the residual's memory."""
 
-PROJECTS_LATE = frozenset({"command-r", "cohere2"})
-"""Architectures that project the result of attention only after the feed-forward beside it: ``add(add(ffn, x), attention)``."""
+PROJECTS_LATE = frozenset({"command-r", "cohere2", "falcon", "gptneox", "stablelm"})
+"""Architectures that project the result of attention only after the feed-forward beside it, since it is added to that."""
 
 RESIDUAL_FIRST = SUMS_INTO_RESIDUAL | {"phi3", "phimoe"}
 """Architectures whose last sum takes over the residual's memory: ``ggml_add(ctx0, residual, cur)``."""
