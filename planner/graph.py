@@ -482,9 +482,12 @@ class LayerGraph:
             return ()
         return (self._convolution_states(),)
 
-    def _fetch_states(self) -> None:
-        """The convolution states of the next Mamba layer are fetched as soon as this layer has looked at other tokens."""
-        if self._fetches_states:
+    def _fetch_states(self, *, behind_experts: bool = False) -> None:
+        """The convolution states of the next Mamba layer are fetched as soon as this layer has looked at other tokens.
+
+        Or behind its routed experts, if it has any.
+        """
+        if self._fetches_states and behind_experts == self._has("ffn_gate_inp"):
             rows, extra = self._bring(STATE_ROWS), self._bring(EXTRA_ROWS)
             elements = convolution_state_elements(self._profile)
             self.brought[STATES] = self.tape.op(elements * self._scale.sequences * F32, rows)
@@ -553,7 +556,7 @@ class LayerGraph:
     def _gate_and_scan(self, joint: int, inner: int) -> tuple[int, tuple[int, ...], int]:
         """The gate, ``ssm_d``, and a scan that ran in RAM; the gate first where states of the next layer were fetched."""
         self._fetch_states()
-        if self._fetches_states:
+        if STATES in self.brought:
             gate = self._op(inner, joint)
             return gate, self._copied("ssm_d"), self._op(inner)
         skip, scan = self._copied("ssm_d"), self._op(inner)
@@ -682,12 +685,14 @@ class LayerGraph:
         biased = self._op(experts, probabilities) if "exp_probs_b.bias" in self._weights else probabilities
         chosen = self.tape.op(experts * tokens * I32, biased)
         weights = self._op(used, probabilities, chosen)
-        weights = self._op(used, weights)
+        weights = self._op(used, weights, self._op(1, weights))
         if self._profile.architecture == "llama4":  # weighted before the experts, not after
             x = self._in_place(self._op(used * self._width, x), weights)
         if self._experts_away:
             self.tape.use(x, chosen, weights)
-            return self._op(self._width)
+            result = self._op(self._width)
+            self._fetch_states(behind_experts=True)
+            return result
         return self._routed(x, chosen, weights)
 
     def _foreign_experts(self) -> int:
@@ -733,7 +738,9 @@ class LayerGraph:
             down = self._op(self._width * used, down, chosen, *bias)
         if not early and weights is not None:
             down = self._in_place(down, weights)
-        return self._op(self._width, down)
+        result = self._op(self._width, down)
+        self._fetch_states(behind_experts=True)
+        return result
 
     def _biased(self, product: int, name: str, chosen: int) -> int:
         """``ggml_add_id``, a new tensor."""
@@ -797,38 +804,22 @@ class LayerGraph:
             cur = mixed
             if self._has("post_attention_norm") and self._has("post_ffw_norm", "ffn_norm"):
                 cur = self._norm(cur)
-            if crop and self._projects_late:
-                cur = self._late_projection(cur)
+            if parallel and self._has("ffn_up", "ffn_gate_inp"):
+                return self._parallel_layer(attention_input, cur, crop=crop)
             if crop:
                 cur, x = self._crop(cur, x)
-                if parallel and self._has("ffn_up", "ffn_gate_inp"):
-                    attention_input = self._op(self._width, attention_input)
-            elif parallel and self._has("ffn_up", "ffn_gate_inp"):
-                pass
-            if not (parallel and self._has("ffn_up", "ffn_gate_inp")):
-                # what recurrent layers return is a view, whose memory a sum cannot take over
-                over_residual = self._profile.architecture in SUMS_INTO_RESIDUAL
-                viewed = recurrent and not self._attends_beside_state
-                into = (x,) if viewed else (x, cur) if over_residual else (cur, x)
-                x = cur = self._op(self._width, cur, x, into=into)
+            if recurrent and self._scales_residual():  # a view no more
+                cur = self._op(self._width, cur)
+                recurrent = False
+            # what recurrent layers return is a view, whose memory a sum cannot take over
+            over_residual = self._profile.architecture in SUMS_INTO_RESIDUAL
+            viewed = recurrent and not self._attends_beside_state
+            into = (x,) if viewed else (x, cur) if over_residual else (cur, x)
+            x = cur = self._op(self._width, cur, x, into=into)
         elif crop:
             cur, x = self._crop(cur, x)
         if not self._has("ffn_up", "ffn_gate_inp"):
             return x
-        if parallel and mixed is not None:
-            if self._has("attn_norm_2") or (self._has("ffn_norm") and not crop):  # a norm of its own
-                attention_input = self._op(self._width, x)
-            out = self._ffn(attention_input)
-            architecture = self._profile.architecture
-            if architecture in ("falcon", "stablelm"):
-                attended = cur if crop else self._late_projection(cur)
-                if architecture == "stablelm":
-                    return self._add(out, self._add(attended, x))
-                return self._add(self._add(out, attended), x)
-            if self._projects_late and not crop:
-                out = self._add(out, x)
-                return self._add(out, self._late_projection(cur))
-            return self._add(self._add(cur, out) if architecture == "phi2" else self._add(out, cur), x)
         if self._has("attn_output_norm"):
             x = self._norm(x)
         pre = self._has("ffn_norm") or (self._has("post_attention_norm") and not self._has("post_ffw_norm"))
@@ -868,6 +859,41 @@ class LayerGraph:
         normed = self._op(features, self._op(features, *copied, embedding))
         self.brought[PER_LAYER] = self._op(features, self._in_place(normed, PER_LAYER))
         return self.brought[PER_LAYER]
+
+    def _scales_residual(self) -> bool:
+        return bool(self._profile.metadata.get(f"{self._profile.architecture}.residual_scale"))
+
+    def _parallel_layer(self, normed: int, attended: int, *, crop: bool) -> int:
+        """Attention and feed-forward beside each other; both are added to the residual, in an order of each family's own."""
+        architecture, x = self._profile.architecture, RESIDUAL
+        tokens = self._tokens
+
+        def chosen(tensor: int) -> int:
+            if not crop:
+                return tensor
+            self._tokens = self._scale.outputs
+            return self._op(self._width, tensor, self._bring(OUTPUT_ROWS))
+
+        def projected() -> int:
+            self._tokens = tokens
+            return chosen(self._late_projection(attended) if self._projects_late else attended)
+
+        if architecture == "gptneox":
+            x = chosen(x)
+            out = self._ffn(self._op(self._width, x))
+            return self._add(self._add(out, x), projected())
+        if architecture == "phi2":
+            cur = projected()
+            return self._add(self._add(cur, self._ffn(chosen(normed))), chosen(x))
+        if self._has("attn_norm_2"):  # attention has a norm of its own
+            normed = self._op(self._width, x)
+        out = self._ffn(chosen(normed))
+        if architecture == "stablelm":
+            return self._add(out, self._add(projected(), chosen(x)))
+        if architecture in PROJECTS_LATE and architecture != "falcon":
+            out = self._add(out, chosen(x))
+            return self._add(out, projected())
+        return self._add(self._add(out, projected()), chosen(x))
 
     def _late_projection(self, attended: int) -> int:
         features = self._weights["attn_output.weight"].shape[0]

@@ -27,6 +27,10 @@ from planner.profile import ModelProfile
 from planner.tape import STEADY, Program, Tape
 
 
+UNSHIFTED_LAYER_NORMS = frozenset({"cohere2", "command-r", "dbrx", "mpt"})
+"""Architectures whose last norm is a LayerNorm without a bias."""
+
+
 class Programs:
     """Programs of one model at one scale, each made once."""
 
@@ -165,7 +169,8 @@ class Programs:
         late = profile.architecture in LATE_OUTPUTS
         tokens = scale.tokens if late or encoder else scale.outputs
         width = profile.embedding_length
-        shifted = "output_norm.bias" in profile.model_tensors  # a LayerNorm, which never works in place
+        # a LayerNorm never works in place
+        shifted = "output_norm.bias" in profile.model_tensors or profile.architecture in UNSHIFTED_LAYER_NORMS
         altup = bool(profile.integer("altup.num_inputs"))
         x = self._merged(tape) if altup else tape.op(width * tokens * F32, RESIDUAL, into=() if shifted else (RESIDUAL,))
         exports = {}

@@ -123,6 +123,9 @@ class Schedules:
         early = {i for i, kind in enumerate(self._kinds) if fetches_early(tensors[kind])}
         mixers = [i for i in range(self._n) if i in early or self._caches[i].attends] if early else []
         self._fetched_behind = {b: a for a, b in pairwise(mixers) if next_early(profile, a) == b}
+        routed = {b: b - 1 for b in range(1, self._n) if self._kinds[b] in early and "ffn_gate_inp.weight" in tensors[b - 1]}
+        self._fetched_behind_any = self._fetched_behind | routed
+        """Those, and layers whose states are fetched behind the routed experts of the layer before."""
         """Layers whose states are fetched early -> the layer behind whose mixer that happens."""
         self._programs = Programs(profile, scale)
         self._parts: dict[DevicePart, Schedule] = {}
@@ -236,7 +239,7 @@ class Schedules:
         """The programs of a device's layers, visitors first."""
         everything = [*part.visitors, *own]
         pinned = part.copies > 1
-        fetched = {b: a for b, a in self._fetched_behind.items() if b in part.layers and a in everything}
+        fetched = {b: a for b, a in self._fetched_behind_any.items() if b in part.layers and a in everything}
         sliced = self._has(PER_LAYER) and not part.first and not pinned
         first_reader: dict[int, int] = {}
         last_reader: dict[int, int] = {}
