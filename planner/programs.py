@@ -26,7 +26,6 @@ from planner.inputs import (
 from planner.profile import ModelProfile
 from planner.tape import STEADY, Program, Tape
 
-
 UNSHIFTED_LAYER_NORMS = frozenset({"cohere2", "command-r", "dbrx", "mpt"})
 """Architectures whose last norm is a LayerNorm without a bias."""
 

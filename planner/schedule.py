@@ -312,6 +312,8 @@ class Schedules:
         projection), or the rotation of what attention returned.
         """
         features: list[int] = []
+        if part.copies == 1:  # they come and go
+            return []
         for after, before in self._fetched_behind.items():
             if before < part.layers.start <= after < part.layers.stop and not part.first:
                 features += self._moved(before)[:1]
