@@ -46,7 +46,7 @@ class ComputeModel:
         """Bytes of the host's compute buffer: the inputs, and what layers in RAM hand over for their caches."""
         schedules = self._schedules
         inputs = sum(self._size(schedules.sizes[name]) for name in schedules.host_inputs)
-        handed = max((self._size(schedules.handed(i)) for i in visitors), default=0)
+        handed = max((self._size(schedules.handed(i, visitors.stop)) for i in visitors), default=0)
         attended = [(result, self._size(copied)) for result, copied in schedules.on_host(visitors.stop)]
         if copies > 1:
             inputs += sum(copied for _, copied in attended)

@@ -232,7 +232,7 @@ class LayerGraph:
                 self._store_keys_and_values(x, value_features)
             if gated:  # Qwen3-Next: the projection holds query and gate
                 gate = self._op(q_features, joint)
-        if self._offloaded and attends_in_ram(self._profile, self._index):
+        if self._offloaded and attends_in_ram(self._profile, self._index) and not self._fetches_states:
             self.tape.use(q)
             if self._attends_beside_state:
                 return q  # in name only: what was attended comes along with the matrix that projects it
@@ -635,12 +635,15 @@ class LayerGraph:
     def _short_convolution(self, x: int) -> int:
         """LFM2's gated convolution (``src/models/lfm2.cpp``)."""
         width, taps = self._width, self._profile.integer("shortconv.l_cache")
-        gates = self._project("shortconv.in_proj", x)
+        weight = self._copied("shortconv.in_proj.weight")
+        own = (self._convolution_states(),) if self._offloaded and not self._has_states else self._own_states
+        gates = self._op(self._out("shortconv.in_proj"), *weight, x)
         gated = self._op(width, gates)
-        states = STATES if self._has_states else (self._own_states or (self._convolution_states(),))[0]
-        joined = self.tape.op((self._tokens + (taps - 1) * self._scale.sequences) * width * F32, states, gated)
+        states = STATES if self._has_states else (own or (self._convolution_states(),))[0]
+        joined = self._joined(gated, width, taps, states)
         self._fetch_states()
-        return self._project("shortconv.out_proj", self._in_place(self._op(width, joined), gates))
+        convolved = self._op(width, joined, *self._copied("shortconv.conv.weight"))
+        return self._project("shortconv.out_proj", self._in_place(convolved, gates))
 
     def _rwkv(self, x: int) -> int:
         """Time mix of RWKV 6 and 7: an upper bound of what lives at a time (``src/models/rwkv{6,7}-base.cpp``)."""
@@ -999,7 +1002,10 @@ def _all_next_early(profile: ModelProfile) -> tuple[int | None, ...]:
 
 
 def attends_in_ram(profile: ModelProfile, index: int) -> bool:
-    """Attention over a cache in RAM runs on the CPU where states are fetched right behind it, of a later layer or its own."""
+    """Attention over a cache in RAM runs on the CPU where states are fetched right behind it, of a later layer or its own.
+
+    Unless that later layer lies on a GPU, which then computes the attention too.
+    """
     return next_early(profile, index) is not None or attends_beside_state(profile.layer_tensors[index])
 
 

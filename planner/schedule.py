@@ -130,7 +130,7 @@ class Schedules:
         self._programs = Programs(profile, scale)
         self._parts: dict[DevicePart, Schedule] = {}
         self._alikes: dict[object, Schedule] = {}
-        self._read_by: dict[tuple[int, bool, bool], tuple[int, ...]] = {}
+        self._read_by: dict[tuple[int, bool, bool, bool], tuple[int, ...]] = {}
         last = {self._kinds[self._n - 1]: self._n - 1}
         reads = [self._inputs_of(i, visiting=False, on_host=True) for i in {*self._kinds, *last.values()}]
         self.host_inputs = frozenset(name for names in reads for name in names) - {PER_LAYER, DEEPSTACK}
@@ -146,10 +146,10 @@ class Schedules:
             found = self._parts[part] = self._alikes[alike]
         return found
 
-    def handed(self, i: int) -> Size:
+    def handed(self, i: int, cpu_layers: int) -> Size:
         """What a layer in RAM takes there: new keys and values, or what its state is made of, from the device that computes it.
 
-        Where attention runs in RAM, and is not fused, its scores are in it.
+        Where attention runs in RAM, and is not fused, its scores are in it. ``cpu_layers`` lie in RAM.
         """
         profile, cache, tensors, scale = self._profile, self._caches[i], self._profile.layer_tensors[i], self._scale
         features = cache.key_elements + cache.value_elements if cache.owns_cache else 0
@@ -164,7 +164,7 @@ class Schedules:
         if attends_beside_state(tensors):
             queries, attended = attention_features(profile, cache, i)
             features = attended + features - cache.key_elements - cache.value_elements if scale.fused else attended
-        if cache.attends and not scale.fused and attends_in_ram(profile, i):
+        if cache.attends and not scale.fused and self._attends_in_ram(i, cpu_layers):
             queries, attended = attention_features(profile, cache, i)
             features += queries + attended
             growth = profile.per_layer("attention.head_count")[i] * scale.tokens * F32
@@ -244,7 +244,8 @@ class Schedules:
         first_reader: dict[int, int] = {}
         last_reader: dict[int, int] = {}
         for i in everything:
-            for name in (*self._reads(i, visiting=i in part.visitors), *borrowed.get(i, ())):
+            reads = self._reads(i, visiting=i in part.visitors, cpu_layers=part.visitors.stop)
+            for name in (*reads, *borrowed.get(i, ())):
                 first_reader.setdefault(name, i)
                 last_reader[name] = i
             if sliced:
@@ -386,12 +387,13 @@ class Schedules:
             return []
         return [self.sizes[PER_LAYER], (self.embedding_bytes, STEADY)]
 
-    def _reads(self, i: int, *, visiting: bool) -> tuple[int, ...]:
+    def _reads(self, i: int, *, visiting: bool, cpu_layers: int = 0) -> tuple[int, ...]:
         """Inputs of the graph that a layer reads on its device, in order."""
-        key = (i if visiting else self._kinds[i], i == self._n - 1, visiting)
+        in_ram = visiting and self._attends_in_ram(i, cpu_layers)
+        key = (i if visiting else self._kinds[i], i == self._n - 1, visiting, in_ram)
         found = self._read_by.get(key)
         if found is None:
-            found = self._read_by[key] = self._inputs_of(i, visiting=visiting)
+            found = self._read_by[key] = self._inputs_of(i, visiting=visiting, in_ram=in_ram)
         return found
 
     def _copied_to(self, i: int, borrowed: tuple[int, ...]) -> list[int]:
@@ -404,7 +406,11 @@ class Schedules:
         late = [name for name in names if name not in (*early, MASK - offset)]
         return [*early, *borrowed, MASK - offset, *late]
 
-    def _inputs_of(self, i: int, *, visiting: bool, on_host: bool = False) -> tuple[int, ...]:
+    def _attends_in_ram(self, i: int, cpu_layers: int) -> bool:
+        """Whether attention of a layer in RAM is computed there: not where the states fetched behind it are on a GPU."""
+        return attends_in_ram(self._profile, i) and (next_early(self._profile, i) or 0) < cpu_layers
+
+    def _inputs_of(self, i: int, *, visiting: bool, on_host: bool = False, in_ram: bool = False) -> tuple[int, ...]:
         cache = self._caches[i]
         extra: tuple[int, ...] = (PER_LAYER,) if self._has(PER_LAYER) else ()
         if i < deepstack_layers(self._profile):
@@ -421,7 +427,7 @@ class Schedules:
             *(name for name in (KEY_ROTATION - offset, VALUE_ROTATION - offset) if self._has(name)),
             *((INDICES - offset,) if cache.owns_cache and not visiting else ()),
         )
-        if visiting and attends_in_ram(self._profile, i):
+        if visiting and in_ram:
             return tuple(name for name in names if name in (POSITIONS, KEY_ROTATION - offset))
         mask = () if self._scale.attention == "host" and not on_host else (MASK - offset,)
         if self._sparse:
