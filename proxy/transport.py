@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable
 from typing import cast
 
 import httptools
@@ -56,30 +56,38 @@ class _Answer(httpx.AsyncByteStream):
         while not self.status:
             await self._more()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while self.parts or not self.complete:
-            if self.parts:
-                data = b"".join(self.parts)
-                self.parts.clear()
-                self.unread_bytes = 0
-                if len(data) > READ_AHEAD_BYTES and not self.connection.closed:
-                    self.connection.transport.resume_reading()
-                yield data
-            else:
-                await self._more()
+    def __aiter__(self) -> _Answer:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self.parts:
+            if self.complete:
+                raise StopAsyncIteration
+            await self._more()
+        data = b"".join(self.parts)
+        self.parts.clear()
+        self.unread_bytes = 0
+        if len(data) > READ_AHEAD_BYTES and not self.connection.closed:
+            self.connection.transport.resume_reading()
+        return data
 
     async def aclose(self) -> None:
         self.connection.pool.release(self.connection)
 
     async def _more(self) -> None:
+        """Returns when there is more, or an end. It is awaited for each chunk, so that nothing is set up for it in vain."""
         if self.error:
             raise self.error
-        self.waiter = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.waiter = loop.create_future()
+        if self.read_s is None:
+            await self.waiter
+            return
+        timer = loop.call_later(self.read_s, self.fail, httpx.ReadTimeout(f"no answer within {self.read_s} s"))
         try:
-            async with asyncio.timeout(self.read_s):
-                await self.waiter
-        except TimeoutError as error:
-            raise httpx.ReadTimeout(f"no answer within {self.read_s} s") from error
+            await self.waiter
+        finally:
+            timer.cancel()
 
     def _wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
@@ -92,10 +100,11 @@ class _Answer(httpx.AsyncByteStream):
         self.connection.abort()
 
     def feed(self, data: bytes) -> None:
-        self.head_bytes += 0 if self.status else len(data)
-        if self.head_bytes > HEADER_LIMIT_BYTES:
-            self.fail(httpx.RemoteProtocolError(f"the answer's headers are larger than {HEADER_LIMIT_BYTES} bytes"))
-            return
+        if not self.status:
+            self.head_bytes += len(data)
+            if self.head_bytes > HEADER_LIMIT_BYTES:
+                self.fail(httpx.RemoteProtocolError(f"the answer's headers are larger than {HEADER_LIMIT_BYTES} bytes"))
+                return
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
