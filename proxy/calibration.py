@@ -109,7 +109,7 @@ class Heard:
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class Watch:
-    """One request under way. ``devices``: the UUIDs that it uses, ``None`` where that is not known."""
+    """One request under way. ``devices``: the UUIDs that it uses, once they matter; ``None`` where that is not known."""
 
     tail: Tail = field(default_factory=Tail)
     placed: InForce | None = None
@@ -137,14 +137,10 @@ class Calibrator:
     def begin(self, decision: Decision | None = None, request: LoadRequest | None = None) -> Watch:
         """A request goes out, placed by ``decision``; without one, somewhere."""
         watch = Watch(placed=decision.in_force if decision else None)
-        if watch.placed is not None and (model := self._placements.running(watch.placed)) is not None:
-            placement = model.candidate.placement
-            if placement.kind in ("solo", "split"):  # others use the CPU too
-                watch.devices = frozenset(model.plan.rig.gpus[gpu].uuid for gpu in placement.order)
         if watch.placed is not None and request is not None:
             watch.fresh_prompt = self._is_fresh(watch.placed.blob, request)
         for other in self._active:
-            if watch.devices is None or other.devices is None or watch.devices & other.devices:
+            if (watch.alone or other.alone) and self._may_meet(watch, other):
                 watch.alone = other.alone = False
         self._active.add(watch)
         return watch
@@ -184,6 +180,18 @@ class Calibrator:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self.measurements.save)
+
+    def _may_meet(self, one: Watch, other: Watch) -> bool:
+        """Whether they may use the same card."""
+        ours, theirs = self._devices(one), self._devices(other)
+        return ours is None or theirs is None or not ours.isdisjoint(theirs)
+
+    def _devices(self, watch: Watch) -> frozenset[str] | None:
+        if watch.devices is None and watch.placed is not None and (model := self._placements.running(watch.placed)) is not None:
+            placement = model.candidate.placement
+            if placement.kind in ("solo", "split"):  # others use the CPU too
+                watch.devices = frozenset(model.plan.rig.gpus[gpu].uuid for gpu in placement.order)
+        return watch.devices
 
     def _is_fresh(self, blob: str, request: LoadRequest) -> bool:
         """Whether no prompt of this model began as this one does; from now on, one did."""
@@ -299,6 +307,5 @@ def _slowed(plan: Plan, candidate: Candidate, context_tokens: int) -> float:
 
 def prompt_start(request: LoadRequest) -> bytes | None:
     """The first bytes of what is before all else in the prompt, ``None`` where there is no prompt."""
-    fields = {field.key.casefold(): field for field in request.fields}
-    first = next((fields[name] for name in ("system", "messages", "prompt") if name in fields), None)
+    first = next((found[-1] for name in ("system", "messages", "prompt") if (found := request.fields.get(name))), None)
     return request.body[first.value_start : min(first.end, first.value_start + PROMPT_START_BYTES)] if first else None

@@ -227,6 +227,7 @@ class Catalog:
 
 
 @lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def full_name(name: str) -> str:
     """``name`` as ``host/namespace/model:tag`` in lower case, with Ollama's defaults filled in (``types/model/name.go``)."""
     return qualified(name.strip().lower().removesuffix(":local"))

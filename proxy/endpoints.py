@@ -7,7 +7,7 @@ there, so several of them add up, and its own keys are compared exactly.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ def kind_of(method: str, path: str) -> Kind:
 class LoadRequest:
     """A request that may load a model: its body, and what placement wants to know of it.
 
-    ``options`` holds the placement options that the client sets, ``null`` ones left out. ``fields`` and
+    ``options`` holds the placement options that the client sets, ``null`` ones left out. ``fields`` (by name in lower case) and
     ``option_members`` locate them in the body.
     """
 
@@ -66,7 +66,7 @@ class LoadRequest:
     options: Mapping[str, Any]
     unloads: bool
     start: int
-    fields: tuple[Member, ...]
+    fields: Mapping[str, Sequence[Member]]
     option_members: tuple[tuple[Member, tuple[Member, ...]], ...]
 
     def with_options(self, add: Mapping[str, Any], *, without: frozenset[str] = frozenset()) -> bytes:
@@ -86,13 +86,13 @@ class LoadRequest:
             if mine or remove:
                 body = edit(body, field.value_start, inner, remove=remove, add=mine)
         if target is None and add:
-            body = edit(body, self.start, self.fields, add={"options": dict(add)})
+            first = next(iter(self.fields.values()))[0]  # there is one: the model
+            body = edit(body, self.start, (first,), add={"options": dict(add)})
         return body
 
     def with_model(self, name: str) -> bytes:
         """The body with ``name`` (plain ASCII) in place of the model that it names."""
-        named = [field for field in self.fields if field.key.casefold() == "model"]
-        counts = next(field for field in reversed(named) if self.body[field.value_start : field.end] != b"null")
+        counts = next(field for field in reversed(self.fields["model"]) if self.body[field.value_start : field.end] != b"null")
         return splice(self.body, [(counts.value_start, counts.end, b'"%b"' % name.encode("ascii"))])
 
 
@@ -103,15 +103,14 @@ def parse_load_request(path: str, body: bytes) -> LoadRequest:
     request goes on as it is, and Ollama's own answer comes back.
     """
     start = blank_end(body, 0)
-    fields = members(body, start)
     by_name: dict[str, list[Member]] = {}
-    for field in fields:
+    for field in members(body, start):
         by_name.setdefault(field.key.casefold(), []).append(field)
     model = _last(body, by_name, "model")
     if not isinstance(model, str) or not model:
         raise JsonError("it names no model")
     if path in V1_PATHS:
-        return LoadRequest(body=body, model=model, options={}, unloads=False, start=start, fields=fields, option_members=())
+        return LoadRequest(body=body, model=model, options={}, unloads=False, start=start, fields=by_name, option_members=())
     option_members: list[tuple[Member, tuple[Member, ...]]] = []
     options: dict[str, Any] = {}
     for field in by_name.get("options", ()):
@@ -122,17 +121,16 @@ def parse_load_request(path: str, body: bytes) -> LoadRequest:
         inner = members(body, field.value_start)
         option_members.append((field, inner))
         options.update({member.key: decode(body, member) for member in inner if member.key in _WANTED})
-    options = {name: value for name, value in options.items() if value is not None}
-    for name in INTEGER_OPTIONS:
-        if name in options:
-            options[name] = _integer(name, options[name])
+    options = {
+        name: _integer(name, value) if name in INTEGER_OPTIONS else value for name, value in options.items() if value is not None
+    }
     return LoadRequest(
         body=body,
         model=model,
         options=options,
         unloads=_unloads(path, body, by_name),
         start=start,
-        fields=fields,
+        fields=by_name,
         option_members=tuple(option_members),
     )
 
@@ -154,8 +152,10 @@ def _unloads(path: str, body: bytes, by_name: Mapping[str, list[Member]]) -> boo
 
 
 def _last(body: bytes, by_name: Mapping[str, list[Member]], name: str) -> Any:
-    values = [decode(body, field) for field in by_name.get(name, ())]
-    return next((value for value in reversed(values) if value is not None), None)  # null leaves what was there
+    for field in reversed(by_name.get(name, ())):
+        if (value := decode(body, field)) is not None:  # null leaves what was there
+            return value
+    return None
 
 
 def _integer(name: str, value: Any) -> int:

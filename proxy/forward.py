@@ -79,7 +79,10 @@ class ClientRequest:
 
     async def body(self, limit_bytes: int) -> bytes | None:
         """The whole body, or ``None`` if it is larger than that; :meth:`stream` then still gives all of it."""
-        parts = [part async for part in self._parts(limit_bytes)]
+        parts, taken = [], 0
+        while self._more and taken <= limit_bytes:
+            parts.append(await self._part())
+            taken += len(parts[-1])
         data = b"".join(parts)
         if self._more:
             self._unread = data
@@ -91,22 +94,21 @@ class ClientRequest:
         if self._unread:
             data, self._unread = self._unread, b""
             yield data
-        async for part in self._parts(None):
-            yield part
-
-    async def _parts(self, limit_bytes: int | None) -> AsyncIterator[bytes]:
-        taken = 0
-        while self._more and (limit_bytes is None or taken <= limit_bytes):
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                self._leave()
-                raise ClientLeftError
-            self._more = message.get("more_body", False)
-            if not self._more:
-                self._watch()
-            if data := message.get("body", b""):
-                taken += len(data)
+        while self._more:
+            if data := await self._part():
                 yield data
+
+    async def _part(self) -> bytes:
+        """What comes in next, or nothing at the end of the body."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._leave()
+            raise ClientLeftError
+        self._more = message.get("more_body", False)
+        if not self._more:
+            self._watch()
+        part: bytes = message.get("body", b"")
+        return part
 
     async def __aenter__(self) -> ClientRequest:
         self._owner = asyncio.current_task()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 TOKEN_LIMIT = 1_000_000
@@ -25,7 +25,11 @@ DEPTH_LIMIT = 10_000
 """Nested containers, as in Go's ``encoding/json``."""
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
+_value_of = json.JSONDecoder().raw_decode
+"""``json.loads`` of a text that is one value and nothing else, as the scan cuts them out: without looks at what is around it."""
 _BLANK = re.compile(rb"[ \t\n\r]*")
+_OBJECT = re.compile(rb"[ \t\n\r]*\{[ \t\n\r]*(\})?")
+"""The beginning of an object, or all of an empty one."""
 _SCALAR = re.compile(rb"(?:true|false|null|-?(?:0|[1-9]\d*+)(?:\.\d++)?+(?:[eE][+-]?\d++)?+)(?=[ \t\n\r,\]}]|$)")
 _KEY = rb'[ \t\n\r]*"([^"\\\x00-\x1f]{0,256})"[ \t\n\r]*:[ \t\n\r]*'
 _TEXT = rb'"[^"\\]{0,1024}+(?:\\.[^"\\]{0,256}+){0,256}+"'
@@ -65,15 +69,16 @@ def members(text: bytes, start: int = 0) -> tuple[Member, ...]:
 
     Raises ``JsonError`` where no object begins there or its structure is broken.
     """
-    scan = _Scan(text)
     found: list[Member] = []
-    position = scan.expect(b"{", start)
-    if text[position : position + 1] == b"}":
+    if not (opened := _OBJECT.match(text, start)):
+        raise JsonError(f"expected an object at byte {start}")
+    if opened[1]:
         return ()
+    scan, position = _Scan(text), opened.end()
     while True:
         if match := _MEMBER.match(text, position):
             position = match.start(1) - 1
-            member = Member(_plain(match[1]), position, *match.span(2))
+            member = Member(str(match[1], "utf-8", "replace"), position, *match.span(2))  # as Go reads it
             follower = match[3]
             position = match.end()
         else:
@@ -111,58 +116,44 @@ def elements(text: bytes, start: int) -> tuple[tuple[int, int], ...]:
 
 
 def edit(
-    text: bytes, start: int, found: Iterable[Member], *, remove: Iterable[Member] = (), add: Mapping[str, Any] | None = None
+    text: bytes, start: int, found: Sequence[Member], *, remove: Collection[Member] = (), add: Mapping[str, Any] | None = None
 ) -> bytes:
     """``text`` with members of the object at ``start`` cut out and new ones put in front of the others.
 
     ``found`` are the object's members as :func:`members` gave them, ``remove`` some of those.
     """
-    listed = list(found)
-    gone = set(remove)
-    last_kept = max((i for i, member in enumerate(listed) if member not in gone), default=-1)
-    view = memoryview(text)
-    parts: list[bytes | memoryview] = [view[: start + 1]]
+    kept = [index for index, member in enumerate(found) if member not in remove]
+    last_kept = kept[-1] if kept else -1
+    changes = []
     if add:
-        parts.append(_ENCODER.encode(dict(add)).encode("ascii")[1:-1])
-        if last_kept >= 0:
-            parts.append(b",")
-    position = start + 1
-    for index, member in enumerate(listed):
-        if member not in gone:
+        changes.append((start + 1, start + 1, _ENCODER.encode(add).encode("ascii")[1:-1] + (b"," if kept else b"")))
+    for index, member in enumerate(found):
+        if member not in remove:
             continue
         if index < last_kept:  # with the comma after it
-            parts.append(view[position : member.start])
-            position = listed[index + 1].start
+            changes.append((member.start, found[index + 1].start, b""))
         else:  # with the comma before it
-            parts.append(view[position : listed[index - 1].end if index else member.start])
-            position = member.end
-    parts.append(view[position:])
-    return b"".join(parts)
+            changes.append((found[index - 1].end if index else member.start, member.end, b""))
+    return splice(text, changes)
 
 
 def splice(text: bytes, changes: Iterable[tuple[int, int, bytes]]) -> bytes:
     """``text`` with other bytes in some places: start, end, what stands there instead; places must not overlap."""
-    parts: list[bytes] = []
+    view = memoryview(text)
+    parts: list[bytes | memoryview] = []
     position = 0
     for start, end, instead in sorted(changes):
-        parts += (text[position:start], instead)
+        parts += (view[position:start], instead)
         position = end
-    return b"".join((*parts, text[position:]))
+    return b"".join((*parts, view[position:]))
 
 
 def decode_string(token: bytes) -> str:
     """The text of a JSON string, quotes included in ``token``. Raises ``JsonError``."""
     try:
-        return str(json.loads(token.decode(errors="replace")))
+        return str(_value_of(token.decode(errors="replace"))[0])
     except ValueError as error:
         raise JsonError(f"not a string: {error}") from None
-
-
-def _plain(token: bytes) -> str:
-    try:
-        return token.decode()
-    except UnicodeDecodeError:
-        return token.decode(errors="replace")  # as Go reads it
 
 
 def decode(text: bytes, member: Member, *, limit_bytes: int = 4096) -> Any:
@@ -170,7 +161,7 @@ def decode(text: bytes, member: Member, *, limit_bytes: int = 4096) -> Any:
     if member.end - member.value_start > limit_bytes:
         raise JsonError(f"the value of {member.key!r} is larger than {limit_bytes} bytes")
     try:
-        return json.loads(text[member.value_start : member.end].decode(errors="replace"))
+        return _value_of(text[member.value_start : member.end].decode(errors="replace"))[0]
     except (ValueError, RecursionError) as error:
         raise JsonError(f"the value of {member.key!r} is no JSON: {error}") from None
 
