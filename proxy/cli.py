@@ -375,10 +375,17 @@ def _listen(address: Address) -> socket.socket:
         raise click.ClickException(f"cannot listen on {address.authority}: {error.strerror or error}") from error
 
 
+class _OneLine(logging.Formatter):
+    """A record is a line, whatever is in the names that clients send."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return "".join(character if character.isprintable() else "?" for character in super().formatMessage(record))
+
+
 def _log_to_stderr() -> None:
     """What lopsided decides, a line each; other libraries keep their own settings."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("lopsided")
     log.setLevel(logging.INFO)
     log.addHandler(handler)

@@ -1,14 +1,20 @@
-"""Bounds on what is no body: uvicorn's parser takes headers, trailers and chunk extensions of any size, and keeps most of it.
+"""What uvicorn's parser lets through of a request, and Go's, and so Ollama's, does not.
 
-Go, and so Ollama, stops at 1 MiB of headers with 431. Trailers, which uvicorn would append to the headers of a request that is
-already under way, are dropped: nobody here has a use for them, and they come after every check.
+Headers, trailers and chunk extensions of any size: Go stops at 1 MiB with 431. Trailers, which uvicorn would append to the
+headers of a request that is already under way, are dropped: nobody here has a use for them, and they come after every check.
+Two hosts or none, transfer codings other than ``chunked``, HTTP/0.9: 400. And answers of no stated length to HTTP/1.0, which
+knows no chunks: they end with the connection.
 """
 
 from __future__ import annotations
 
+import socket
+import struct
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from proxy.asgi import Application, Message, Receive, Scope, Send
 
 HEAD_LIMIT_BYTES = 2**20
 """Bytes in a row that may be anything but a body; ``DefaultMaxHeaderBytes`` of Go's ``net/http``."""
@@ -50,10 +56,20 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head ends."""
+        """The head ends. An error raised here is answered with 400."""
         self._in_head = False
         self._went_on = True
+        names = [name for name, _ in self.headers]
+        if names.count(b"host") != 1 and (b"host" in names or self.parser.get_http_version() != "1.0"):
+            raise ValueError("RFC 9112, 3.2: one Host")
+        if b"transfer-encoding" in names and dict(self.headers)[b"transfer-encoding"].lower() != b"chunked":
+            raise ValueError("RFC 9112, 6.1: a transfer coding that would be lost on the way")
         super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            app = _without_chunks(app, cycle)
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
@@ -63,3 +79,31 @@ class BoundedProtocol(HttpToolsProtocol):
         else:  # uvicorn collects in a bytearray, which copies each part of a large body twice
             self.cycle.body = body  # type: ignore[assignment]
             super().on_body(b"")
+
+
+def _without_chunks(app: Application, cycle: RequestResponseCycle) -> Application:
+    """``app`` for a client of HTTP/1.0: a body of no stated length goes out as it is, and ends with the connection.
+
+    One that breaks off ends with a reset, since nothing else tells it from a whole one.
+    """
+
+    async def plain(scope: Scope, receive: Receive, send: Send) -> None:
+        stated = True
+
+        async def send_plain(message: Message) -> None:
+            nonlocal stated
+            if message["type"] == "http.response.start":
+                stated = any(name.lower() == b"content-length" for name, _ in message["headers"])
+                cycle.chunked_encoding = None if stated else False
+            elif not stated:
+                cycle.expected_content_length = len(message["body"])
+            await send(message)
+
+        try:
+            await app(scope, receive, send_plain)
+        finally:
+            if not (stated or cycle.response_complete or cycle.disconnected):
+                cycle.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                cycle.transport.abort()
+
+    return plain

@@ -1,6 +1,7 @@
 """The command line as people and scripts meet it: what it prints, where, and with which exit code."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
-from proxy.cli import main
+from proxy.cli import _OneLine, main
 from proxy.gpus.static import StaticSource
 from proxy.simulator import Simulator, create_app, demo_models
 from tests.servers import free_port, serve
@@ -291,6 +292,11 @@ def test_a_console_without_the_signs_gets_others():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "stock ? 0.30" in done.stdout
+
+
+def test_a_name_from_a_client_forges_no_line_of_the_log():
+    record = logging.LogRecord("lopsided", logging.INFO, "", 0, "%s: passes", ("a\n2026 INFO b\x1b[2J\u2028\u00e9",), None)
+    assert _OneLine("%(levelname)s %(message)s").format(record) == "INFO a?2026 INFO b?[2J?\u00e9: passes"
 
 
 def test_output_into_a_closed_pipe_is_no_accident():

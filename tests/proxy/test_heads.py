@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from proxy.heads import HEAD_LIMIT_BYTES
@@ -69,3 +71,56 @@ def test_trailers_do_not_become_headers(path):
     assert received.header("x-late") is None
     assert [value for name, value in received.headers if name == "host"] == ["a"]
     assert received.body == b'{"model":"m"}'
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b",
+        b"GET / HTTP/1.0\r\nHost: a\r\nHost: a",
+        b"GET /",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0",
+    ],
+    ids=["no host", "two hosts", "two hosts in HTTP/1.0", "HTTP/0.9", "a coding that would be lost"],
+)
+def test_a_head_that_go_refuses_is_refused(head):
+    with upstream(answer) as server, proxy_before(server.url) as url, connect(url) as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        assert read_until_closed(connection).startswith(b"HTTP/1.1 400")
+    assert server.forwarded == []
+
+
+def chunks(received, conversation):
+    conversation.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    conversation.chunk(b"one,")
+    conversation.chunk(b"two")
+    if received.target == "/whole":
+        conversation.send(b"0\r\n\r\n")
+    else:
+        time.sleep(0.2)
+        conversation.close = True
+
+
+def test_a_client_of_http_1_0_gets_no_chunks():
+    # shows: a stream ends with the connection (nginx asks so by default, and ab); a stated length stays
+    with upstream(chunks) as server, proxy_before(server.url) as url, connect(url) as connection:
+        connection.sendall(b"GET /whole HTTP/1.0\r\n\r\n")
+        head, _, body = read_until_closed(connection).partition(b"\r\n\r\n")
+    assert body == b"one,two"
+    assert b"transfer-encoding" not in head.lower()
+    with upstream(answer) as server, proxy_before(server.url) as url, connect(url) as connection:
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        head, _, body = read_until_closed(connection).partition(b"\r\n\r\n")
+    assert b"content-length: 4" in head.lower()
+    assert body == b"fine"
+
+
+def test_a_stream_to_http_1_0_that_breaks_off_ends_with_a_reset():
+    # shows: where only the end of the connection says that it was all, an end in the middle looks different
+    with upstream(chunks) as server, proxy_before(server.url) as url, connect(url) as connection:
+        connection.sendall(b"GET /half HTTP/1.0\r\n\r\n")
+        time.sleep(0.1)
+        assert connection.recv(65536).endswith(b"\r\n\r\none,two")
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
