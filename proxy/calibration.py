@@ -35,10 +35,10 @@ from proxy.verify import misplaced
 SAVE_S = 5.0
 """Seconds that the state file may lag behind."""
 
-LEARN_PAUSE_S = 0.05
-"""Seconds between two answers that are taken in: beyond 20 a second, each says next to nothing, and the proxy has other work."""
+LEARN_PAUSE_S = 0.5
+"""Seconds between two answers that are taken in: one more says next to nothing, and each holds up the streams for a moment."""
 
-HEARD_KEPT = 64
+HEARD_KEPT = 16
 """Answers that wait to be taken in; the oldest give way."""
 
 PROMPT_START_BYTES = 128
