@@ -21,23 +21,43 @@ WANTED = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "OLLAMA_SCHED_SPREAD": "1"}
 """What Ollama's own environment must say, so that the launcher sees every GPU under the number that NVML has for it."""
 
 
-def ollama_environment(library: Path, processes: Path = Path("/proc")) -> dict[str, str] | None:
-    """The environment of the ``ollama serve`` that runs here and, as far as can be told, has its libraries in ``library``.
+def ollama_process(library: Path, processes: Path = Path("/proc")) -> Path | None:
+    """The folder, in ``processes``, of the ``ollama serve`` that, as far as can be told, has its libraries in ``library``.
 
-    ``None`` where none runs or it may not be read.
+    ``None`` where none runs.
     """
     for process in processes.glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
             if Path(os.fsdecode(words[0])).name != "ollama" or b"serve" not in words:
                 continue
-            entries = os.fsdecode((process / "environ").read_bytes()).split("\0")
-            own = (process / "exe").resolve().parent.parent / "lib" / "ollama"
+            folder = _library_of(process)
         except OSError:
             continue
-        if not own.is_dir() or own.samefile(library):  # another installation of Ollama has other libraries
-            return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+        if not folder.is_dir() or folder.samefile(library):  # another installation of Ollama has other libraries
+            return process
     return None
+
+
+def ollama_environment(process: Path | None) -> dict[str, str] | None:
+    """The environment of a process by its folder; ``None`` where there is none, or it may not be read."""
+    try:
+        entries = os.fsdecode((process / "environ").read_bytes()).split("\0") if process else None
+    except OSError:
+        return None
+    return None if entries is None else dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def ollama_user(process: Path | None, library: Path) -> str | None:
+    """Whom the Ollama of ``library`` runs as; ``None`` where that is not certain, or the user has no name."""
+    try:
+        return process.owner() if process and _library_of(process).samefile(library) else None
+    except (OSError, KeyError):
+        return None
+
+
+def _library_of(process: Path) -> Path:
+    return (process / "exe").resolve().parent.parent / "lib" / "ollama"
 
 
 def hidden_cards_problem(environment: Mapping[str, str], gpus: Sequence[Gpu]) -> str | None:
@@ -77,15 +97,18 @@ def launcher_commands() -> None:
 @launcher_commands.command("install")
 @lib_option
 @click.option("--url", help="Where Ollama reaches lopsided (default: LOPSIDED_HOST).")
-@click.option("--user", help="The user that Ollama runs as (default: ollama).")
+@click.option("--user", help="The user that Ollama runs as (default: whom it runs as now, else ollama).")
 def install_command(given: Path | None, url: str | None, user: str | None) -> None:
     """Puts the launcher in llama-server's place; Ollama's own stays beside it as llama-server.stock."""
     settings = load_settings()
     library = find_library(given)
-    environment = ollama_environment(library) or {}
+    process = ollama_process(library)
+    environment = ollama_environment(process) or {}
     if problem := hidden_cards_problem(environment, _gpus()):
         raise LauncherError(problem)
-    done = install(library, url=url or settings.host.connectable().url, token=settings.bearer, user=user)
+    done = install(
+        library, url=url or settings.host.connectable().url, token=settings.bearer, user=user or ollama_user(process, library)
+    )
     click.echo(f"The launcher is in place in {library}; it asks {done.url}.")
     for line in override_text(missing_variables(environment)):
         click.echo(line)
@@ -107,7 +130,7 @@ def remove_command(given: Path | None) -> None:
 def status_command(given: Path | None, as_json: bool) -> None:
     """What is in Ollama's library folder, and whether Ollama's environment suits the launcher."""
     found = inspect(find_library(given))
-    environment = ollama_environment(found.library)
+    environment = ollama_environment(ollama_process(found.library))
     missing = None if environment is None else missing_variables(environment)
     if as_json:
         click.echo(json.dumps({**asdict(found), "library": str(found.library), "environment_missing": missing}, indent=2))

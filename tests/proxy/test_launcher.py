@@ -22,7 +22,14 @@ from planner.hardware import Gpu
 from proxy import installation, launcher
 from proxy.errors import LauncherError
 from proxy.installation import BEFORE, CACHE, CONFIG, NAME, STOCK, find_library, inspect, install, remove, shipped_launcher
-from proxy.launcher import hidden_cards_problem, launcher_commands, missing_variables, ollama_environment
+from proxy.launcher import (
+    hidden_cards_problem,
+    launcher_commands,
+    missing_variables,
+    ollama_environment,
+    ollama_process,
+    ollama_user,
+)
 
 URL = "http://127.0.0.1:11435"
 ENTRYPOINT = Path(__file__).parent.parent.parent / "docker" / "entrypoint"
@@ -426,9 +433,23 @@ def test_the_running_ollamas_environment_is_read(tmp_path):
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "cmdline").write_text(command)
         (tmp_path / pid / "environ").write_text(environment)
-    assert ollama_environment(tmp_path, tmp_path) == {"A": "3", "B": "x=y"}
+    process = ollama_process(tmp_path, tmp_path)
+    assert ollama_environment(process) == {"A": "3", "B": "x=y"}
+    assert ollama_user(process, tmp_path) is None  # it may be another's, in a container for one
     (tmp_path / "9" / "environ").unlink()
-    assert ollama_environment(tmp_path, tmp_path) is None
+    assert ollama_environment(process) is None
+    (tmp_path / "9" / "cmdline").unlink()
+    assert ollama_process(tmp_path, tmp_path) is None
+    assert (ollama_environment(None), ollama_user(None, tmp_path)) == (None, None)
+
+
+def test_what_is_for_ollamas_user_goes_to_whom_it_runs_as(library, run, monkeypatch):
+    given = []
+    monkeypatch.setattr(launcher, "ollama_user", lambda process, library: "alice")
+    monkeypatch.setattr(launcher, "install", lambda *_, user, **__: given.append(user) or inspect(library))
+    run("install", "--lib", str(library))
+    run("install", "--lib", str(library), "--user", "bob")
+    assert given == ["alice", "bob"]
 
 
 def test_of_several_ollamas_the_one_with_this_library_is_meant(tmp_path):
@@ -439,13 +460,16 @@ def test_of_several_ollamas_the_one_with_this_library_is_meant(tmp_path):
         process = tmp_path / "processes" / str(number)
         process.mkdir(parents=True)
         (process / "cmdline").write_text("ollama\0serve\0")
-        (process / "environ").write_text(f"NAME={name}\0")
         (process / "exe").symlink_to(tmp_path / name / "bin" / "ollama")
     for name in ("one", "other"):
-        assert ollama_environment(tmp_path / name / "lib" / "ollama", tmp_path / "processes") == {"NAME": name}
+        folder = tmp_path / name / "lib" / "ollama"
+        found = ollama_process(folder, tmp_path / "processes")
+        assert found is not None
+        assert ollama_user(found, folder) == folder.owner()
+        assert (found / "exe").resolve().parent.parent.name == name
     third = tmp_path / "third"
     third.mkdir()
-    assert ollama_environment(third, tmp_path / "processes") is None
+    assert ollama_process(third, tmp_path / "processes") is None
 
 
 def card(uuid: str, pci_id: str, sms: int) -> Gpu:
@@ -487,7 +511,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "_gpus", lambda: FAST_SECOND)
     environment: dict[str, str] | None = {}
-    monkeypatch.setattr(launcher, "ollama_environment", lambda library: run.environment)
+    monkeypatch.setattr(launcher, "ollama_environment", lambda process: run.environment)
+    monkeypatch.setattr(launcher, "ollama_user", lambda process, library: None)
 
     def run(*arguments: str, environment: dict[str, str] | None = environment):
         run.environment = environment
