@@ -5,11 +5,13 @@ Decode computes layer after layer, so its time is a sum over devices::
     t = Σ_d (active weight bytes_d + cache bytes_d) / effective bandwidth_d + layers_d · layer seconds_d, + hops · HOP_SECONDS
 
 Active are all weights of a dense layer and ``experts_used / expert_count`` of the routed experts. A layer costs ``LAYER_SECONDS``
-beside its bytes, and on a card that turned out slower than its data promise so many times more. On measured pairs of unequal
-GPUs (four models, 27 splits) this holds within 6 %. Prefill works on micro-batches: each device is a stage that takes
-``2 · active parameters · tokens / rate`` seconds (at least as long as reading its weights); where everything is on GPUs, the
-stages overlap, ``t = Σ stages + (micro-batches − 1) · pace`` (``pace``: the slowest stage, and more where others are nearly as
-slow), else they follow one another. Weights in RAM are copied to a GPU for each micro-batch.
+beside its bytes, and on a card that turned out slower than its data promise so many times more. On two measured pairs of unequal
+GPUs (26 splits of three dense models and a mixture) this holds within 4.2 %.
+
+Prefill works on micro-batches: each device is a stage that takes ``2 · active parameters · tokens / rate`` seconds (at least as
+long as reading its weights). Where everything is on GPUs, the stages overlap, ``t = Σ stages + (micro-batches − 1) · pace``
+(``pace``: the slowest stage, and more where others are nearly as slow), else they follow one another. Weights in RAM are copied
+to a GPU for each micro-batch.
 
 Rates come from a ``Calibration``, else from the card's data, else from its generation (``Rates.source`` says which).
 """
@@ -156,8 +158,8 @@ class Calibration:
         """``rates`` as predicted, or what is known better of ``device``: its layers' fixed costs miss as its rate does.
 
         What holds a card back (a power limit, a lower clock, another program) holds its small kernels back too: on two pairs of
-        an H200 and a slower one the splits of four models come out 2.1 % off in the root mean square so, 2.6 % with fixed costs
-        that are the same everywhere.
+        an H200 and one held back, 26 splits of four models come out 1.7 % off in the root mean square so, and 2.2 % with fixed
+        costs that are the same everywhere.
         """
         known = self.rates.get(device) or self.inferred.get(device)
         if known is None:
