@@ -816,7 +816,7 @@ class LayerGraph:
                 recurrent = False
             # what recurrent layers return is a view, whose memory a sum cannot take over
             over_residual = self._profile.architecture in SUMS_INTO_RESIDUAL
-            viewed = recurrent and not self._attends_beside_state
+            viewed = recurrent and not self._attends_beside_state and not crop
             into = (x,) if viewed else (x, cur) if over_residual else (cur, x)
             x = cur = self._op(self._width, cur, x, into=into)
         elif crop:
