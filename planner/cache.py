@@ -27,6 +27,9 @@ SPARSE_INDEXER = frozenset({"deepseek32", "glm-dsa"})
 SHARED_INDEXER_CONTEXT = 1 << 20
 """Tokens of trained context from which GLM's layers share indexers where the file does not say (``src/models/glm-dsa.cpp``)."""
 
+EXAONE4_WINDOW_LAYERS = 64
+"""Layers of the one EXAONE 4 that has windows (``src/models/exaone4.cpp``)."""
+
 RECURRENT_TENSORS = ("ssm_", "time_mix_", "shortconv.")
 """A layer with a tensor named so keeps a state instead of KV cells."""
 
@@ -74,6 +77,8 @@ def window_tokens(profile: ModelProfile) -> int:
     if family is None or not (family.window_period or "all_windows" in family.features):
         return 0
     window = profile.integer("attention.sliding_window")
+    if profile.architecture == "exaone4":  # only the 32B's depth has windows, of a size of its own where the file says nothing
+        return (window or family.window) if profile.n_computed_layers == EXAONE4_WINDOW_LAYERS else 0
     if profile.architecture == "llama4":  # a key of 0 switches the chunks off; otherwise they are 8192 tokens
         return 0 if f"{profile.architecture}.attention.sliding_window" in profile.metadata and not window else family.window
     return window or (0 if "window_needs_key" in family.features else family.window)

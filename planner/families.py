@@ -54,7 +54,7 @@ _NEXTN_FILTERED = _row(nextn_cached=False)
 FAMILIES: dict[str, Family] = {
     # windows on some layers
     "cohere2": _row(period=4),
-    "exaone4": _row("window_needs_key", period=4, window=4096),
+    "exaone4": _row(period=4, window=4096),
     "gemma2": _row(period=2, window=4096),
     "gemma3": _row("window_needs_key", period=6),
     "gemma3n": _row(period=5, cached_layers=20),

@@ -185,7 +185,7 @@ def rotation_bytes(profile: ModelProfile, scale: Scale, matrix: int) -> int:
 def rotates(profile: ModelProfile, cache: LayerCache) -> bool:
     """Whether a layer's queries and keys are rotated, or scaled instead (Llama 4)."""
     if profile.architecture in ROTATION_IN_WINDOWS:
-        return cache.windowed
+        return cache.windowed or not window_tokens(profile)
     return profile.architecture not in NO_ROTATION
 
 

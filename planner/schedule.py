@@ -117,6 +117,7 @@ class Schedules:
         """Bytes of the input that takes an image's embeddings instead of tokens."""
         self._altup = profile.integer("altup.num_inputs") > 1
         self._lends = any(cache.borrows_cache for cache in self._caches)
+        self._width = profile.embedding_length * F32
         self._sparse = sparse_cells(profile) > 0
         self._owners = [i for i in range(self._n) if self._caches[i].owns_cache]
         tensors = profile.layer_tensors
@@ -224,6 +225,7 @@ class Schedules:
             unnamed=(
                 *self._hoisted(part),
                 *self._slices(part),
+                *self._token_shifts(part),
                 *self._streams(part),
                 *self._pinned_copies(part),
                 *self._answers(part),
@@ -375,8 +377,19 @@ class Schedules:
                 found.append((self._attended_bytes(i), copied))
         return found
 
+    def _token_shifts(self, part: DevicePart) -> list[Size]:
+        """What RWKV's devices exchange beside the residual: two views of the last norm, the first layer's values, a mixed state."""
+        if not any(name.startswith("time_mix_") for name in self._profile.layer_tensors[0]):
+            return []
+        values = "time_mix_v0.weight" in self._profile.layer_tensors[-1] or "time_mix_v1.weight" in self._profile.layer_tensors[-1]
+        count = (0 if part.first else 2 + values) + (0 if part.output else 1 + (values and part.first))
+        return [(self.embedding_bytes, STEADY)] * count
+
     def _slices(self, part: DevicePart) -> list[Size]:
-        """Embeddings of its layers that a pipeline's later device keeps (Gemma 3n, Gemma 4): one tensor for each."""
+        """Embeddings of its layers that a later device keeps: one tensor for each (Gemma 3n, Gemma 4), or each a view (Qwen3-VL)."""
+        if stacked := range(part.layers.start, min(part.layers.stop, deepstack_layers(self._profile))):
+            rows = self._scale.tokens - 1
+            return [] if part.first else [(align(self.image_bytes // self._scale.tokens * rows + self._width), STEADY)] * len(stacked)
         if part.first or part.copies == 1 or not self._has(PER_LAYER):
             return []
         return [self.sizes[slice_name(i)] for i in part.layers]

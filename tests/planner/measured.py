@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from planner.memory import MemoryEstimate, estimate_memory
-from planner.placement import Placement, solo
+from planner.placement import Placement, contiguous, solo
 from planner.profile import ModelProfile
 from planner.settings import LoadSettings
 from planner.units import MIB
@@ -64,12 +64,10 @@ def settings_of(row: dict[str, Any]) -> LoadSettings:
 
 def estimate_of(row: dict[str, Any], profile: ModelProfile) -> MemoryEstimate:
     """The same load, estimated."""
-    placement = placement_of(row["split"], profile.n_layers)
-    experts = frozenset(i for i in range(row.get("cpu_experts", 0)) if i < profile.n_layers and profile.layers[i].expert_bytes)
-    if experts:
-        placement = Placement(
-            layers=placement.layers, order=placement.order, output_gpu=placement.output_gpu, cpu_experts=experts
-        )
+    counts = row.get("counts")
+    placement = contiguous(counts, profile.n_layers) if counts else placement_of(row["split"], profile.n_layers)
+    in_ram = range(placement.cpu_layers, min(row.get("cpu_experts", 0), profile.n_layers))
+    placement = replace(placement, cpu_experts=frozenset(in_ram))
     return estimate_memory(profile, settings_of(row), placement)
 
 
