@@ -148,7 +148,7 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
     key_window = profile.integer("attention.key_length_swa", key)
     value_window = profile.integer("attention.value_length_swa", value)
     is_mla = bool(profile.integer("attention.key_length_mla") and profile.integer("attention.value_length_mla"))
-    indexer = profile.integer("attention.indexer.key_length") if profile.architecture in SPARSE_INDEXER else 0
+    indexer = profile.integer("attention.indexer.key_length") if unknown or profile.architecture in SPARSE_INDEXER else 0
     full_indexers = _full_indexers(profile)
     windowed = _windowed_layers(profile, family)
     shared = profile.integer("attention.shared_kv_layers")

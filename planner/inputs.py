@@ -225,12 +225,14 @@ def slice_name(index: int) -> int:
 
 def sparse_cells(profile: ModelProfile) -> int:
     """Cells that each token looks at in a model with a sparse indexer; 0 where it looks at all."""
-    return profile.integer("attention.indexer.top_k") if profile.architecture in SPARSE_INDEXER else 0
+    known = profile.architecture in SPARSE_INDEXER or family_of(profile.architecture) is None
+    return profile.integer("attention.indexer.top_k") if known else 0
 
 
 def deepstack_layers(profile: ModelProfile) -> int:
     """The first layers to whose result an image adds more of itself (``n_deepstack_layers``, Qwen3-VL)."""
-    return profile.integer("n_deepstack_layers") if profile.architecture in ("qwen3vl", "qwen3vlmoe") else 0
+    known = profile.architecture in ("qwen3vl", "qwen3vlmoe") or family_of(profile.architecture) is None
+    return profile.integer("n_deepstack_layers") if known else 0
 
 
 def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:

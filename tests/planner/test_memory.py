@@ -17,7 +17,7 @@ from planner.settings import LoadSettings
 from planner.units import MIB
 from tests.planner.measured import DATA, Difference, differences, estimate_of, profile_of, read_table
 
-TABLES = ("models", "families", "caches", "spills")
+TABLES = ("models", "families", "caches", "spills", "variety")
 MODELS = sorted(path.stem for path in (DATA / "gguf").glob("*.gguf"))
 FAMILIES = sorted(f"families/{path.stem}" for path in (DATA / "gguf" / "families").glob("*.gguf"))
 
@@ -56,11 +56,10 @@ def test_totals_of_the_sixteen_shapes() -> None:
 
 
 def test_totals_of_other_families() -> None:
-    """The same for families that no constant was looked up in; a few devices may be off by more."""
+    """The same for families that no constant was looked up in."""
     rows = found("families")
-    assert sum(d.within(0.01, 32) for d in rows) >= 0.96 * len(rows)
-    assert sum(d.within(0.03, 128) for d in rows) >= 0.99 * len(rows)
-    assert [d for d in rows if not -112 <= d.total_mib <= 140] == []
+    assert sum(d.within(0.01, 32) for d in rows) >= 0.98 * len(rows)
+    assert [d for d in rows if not d.within(0.03, 128) or d.total_mib < -64] == []
 
 
 def test_totals_of_other_cache_types() -> None:
@@ -75,6 +74,14 @@ def test_totals_of_layers_in_ram_beside_two_gpus() -> None:
     rows = found("spills")
     assert sum(d.within(0.01, 32) for d in rows) >= 0.95 * len(rows)
     assert [d for d in rows if not d.within(0.03, 128) or d.total_mib < -64] == []
+
+
+def test_totals_of_loads_drawn_at_random() -> None:
+    """Any header, any cache types, one to four devices, layers and experts in RAM: one device of a hundred may be off by more."""
+    rows = found("variety")
+    assert {d.row["model"] for d in rows} >= {*MODELS, *FAMILIES}
+    assert sum(d.within(0.01, 32) for d in rows) >= 0.98 * len(rows)
+    assert sum(d.within(0.03, 128) and d.total_mib >= -64 for d in rows) >= 0.99 * len(rows)
 
 
 def test_attention_without_a_kernel_costs_host_memory() -> None:
