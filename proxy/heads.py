@@ -8,6 +8,7 @@ knows no chunks: they end with the connection.
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 from typing import Any
@@ -18,6 +19,9 @@ from proxy.asgi import Application, Message, Receive, Scope, Send
 
 HEAD_LIMIT_BYTES = 2**20
 """Bytes in a row that may be anything but a body; ``DefaultMaxHeaderBytes`` of Go's ``net/http``."""
+
+_ABSOLUTE = re.compile(rb"https?://(?:[^/?#]*@)?([^/?#]*)", re.IGNORECASE)
+"""The host of a request's target that is a whole URL."""
 
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json; charset=utf-8\r\n"
@@ -60,6 +64,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._went_on = True
         names = [name for name, _ in self.headers]
+        if absolute := _ABSOLUTE.match(self.url):  # its host counts (RFC 9112, 3.2.2)
+            self.headers[:] = [(name, absolute[1] if name == b"host" else value) for name, value in self.headers]
         if names.count(b"host") != 1 and (b"host" in names or self.parser.get_http_version() != "1.0"):
             raise ValueError("RFC 9112, 3.2: one Host")
         if b"transfer-encoding" in names and dict(self.headers)[b"transfer-encoding"].lower() != b"chunked":

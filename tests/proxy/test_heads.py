@@ -91,6 +91,14 @@ def test_a_head_that_go_refuses_is_refused(head):
     assert server.forwarded == []
 
 
+def test_of_a_target_that_is_a_whole_url_the_host_counts():
+    # shows: Ollama, which goes by it too, refuses the foreign one; a Host beside it can't hide that
+    with upstream(answer) as server, proxy_before(server.url) as url, connect(url) as connection:
+        connection.sendall(b"GET http://me@evil.example:80/x?y HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        read_until_closed(connection)
+    assert [(received.target, received.header("host")) for received in server.forwarded] == [("/x?y", "evil.example:80")]
+
+
 def chunks(received, conversation):
     conversation.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     conversation.chunk(b"one,")
