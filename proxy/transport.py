@@ -32,8 +32,6 @@ IDLE_LIMIT = 256
 IDLE_S = 30.0
 """Age at which a kept connection is not used again: Ollama keeps them for ever, load balancers often for 60 s."""
 
-REPEATABLE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-
 
 class StaleConnectionError(httpx.RemoteProtocolError):
     """A kept connection was closed before any byte of an answer came."""
@@ -65,8 +63,7 @@ class _Answer(httpx.AsyncByteStream):
                 raise StopAsyncIteration
             await self._more()
         data = b"".join(self.parts)
-        self.parts.clear()
-        self.unread_bytes = 0
+        self.parts, self.unread_bytes = [], 0
         if len(data) > READ_AHEAD_BYTES and not self.connection.closed:
             self.connection.transport.resume_reading()
         return data
@@ -75,19 +72,17 @@ class _Answer(httpx.AsyncByteStream):
         self.connection.pool.release(self.connection)
 
     async def _more(self) -> None:
-        """Returns when there is more, or an end. It is awaited for each chunk, so that nothing is set up for it in vain."""
         if self.error:
             raise self.error
-        loop = asyncio.get_running_loop()
+        loop, timer = asyncio.get_running_loop(), None
+        if self.read_s is not None:
+            timer = loop.call_later(self.read_s, self.fail, httpx.ReadTimeout(f"no answer within {self.read_s} s"))
         self.waiter = loop.create_future()
-        if self.read_s is None:
-            await self.waiter
-            return
-        timer = loop.call_later(self.read_s, self.fail, httpx.ReadTimeout(f"no answer within {self.read_s} s"))
         try:
             await self.waiter
         finally:
-            timer.cancel()
+            if timer:
+                timer.cancel()
 
     def _wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
@@ -100,11 +95,10 @@ class _Answer(httpx.AsyncByteStream):
         self.connection.abort()
 
     def feed(self, data: bytes) -> None:
-        if not self.status:
-            self.head_bytes += len(data)
-            if self.head_bytes > HEADER_LIMIT_BYTES:
-                self.fail(httpx.RemoteProtocolError(f"the answer's headers are larger than {HEADER_LIMIT_BYTES} bytes"))
-                return
+        self.head_bytes += 0 if self.status else len(data)
+        if self.head_bytes > HEADER_LIMIT_BYTES:
+            self.fail(httpx.RemoteProtocolError(f"the answer's headers are larger than {HEADER_LIMIT_BYTES} bytes"))
+            return
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -161,8 +155,7 @@ class _Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", None)
         self.writable = asyncio.Event()
         self.writable.set()
-        self.closed = False
-        self.idle_since = 0.0
+        self.closed, self.idle_since = False, 0.0
         self.answer: _Answer | None = None
         self.sender: asyncio.Task[None] | None = None
 
@@ -213,8 +206,8 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, base_url: str) -> None:
         self._url = httpx.URL(base_url)
-        self._port = self._url.port or (443 if self._url.scheme == "https" else 80)
         self._ssl = ssl.create_default_context() if self._url.scheme == "https" else None
+        self._port = self._url.port or (443 if self._ssl else 80)
         self.restarts = 0
         """How often the upstream closed a kept connection: Ollama never does while it lives."""
         self._idle: list[_Connection] = []
@@ -225,7 +218,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         timeout: dict[str, float | None] = request.extensions.get("timeout", {})
         chunked = "transfer-encoding" in request.headers
         body = b"".join(request.stream) if isinstance(request.stream, httpx.ByteStream) and not chunked else None
-        repeatable = body is not None and (request.method in REPEATABLE_METHODS or "repeatable" in request.extensions)
+        repeatable = body is not None and (request.method in ("GET", "HEAD", "OPTIONS") or "repeatable" in request.extensions)
         head = self._head(request)
         while True:
             connection = self._kept() or await self._connect(timeout.get("connect"))
@@ -250,10 +243,9 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
     def _head(self, request: httpx.Request) -> bytes:
         target: bytes = request.extensions.get("target", request.url.raw_path)
-        lines = [b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)]
-        if "host" not in request.headers:
-            lines.append(b"host: " + self._url.netloc)
-        lines += [b"%b: %b" % field for field in request.headers.raw]
+        host = [] if "host" in request.headers else [b"host: " + self._url.netloc]
+        first = b"%b %b HTTP/1.1" % (request.method.encode("ascii"), target)
+        lines = [first, *host, *(b"%b: %b" % field for field in request.headers.raw)]
         head = b"\r\n".join(lines)
         if not head.count(b"\r") == head.count(b"\n") == len(lines) - 1:
             raise httpx.LocalProtocolError("a header or the target holds a line break")
@@ -272,12 +264,11 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(connect_s):
-                _, made = await loop.create_connection(lambda: _Connection(self), self._url.host, self._port, ssl=self._ssl)
+                return (await loop.create_connection(lambda: _Connection(self), self._url.host, self._port, ssl=self._ssl))[1]
         except TimeoutError as error:
             raise httpx.ConnectTimeout(f"no connection within {connect_s} s") from error
         except OSError as error:
             raise httpx.ConnectError(error.strerror or str(error)) from error
-        return made
 
     def release(self, connection: _Connection) -> None:
         """Takes a connection back: kept if all was sent and the response came to its end, else closed."""
