@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from proxy.jsonedit import JsonError, Member, blank_end, decode, edit, members, splice
+from proxy.jsonedit import MEMBER_LIMIT, Change, JsonError, Member, blank_end, decode, edit, encode, members, splice
 
 Kind = Literal["load", "v1", "store", "list", "other"]
 
@@ -72,23 +72,21 @@ class LoadRequest:
     def with_options(self, add: Mapping[str, Any], *, without: frozenset[str] = frozenset()) -> bytes:
         """The body with ``add`` among its options, and those of ``without`` (and the replaced ones) taken out."""
         names = without | add.keys()
-        body = self.body
         target = self.option_members[-1][0] if self.option_members else None
-        for field, inner in reversed(self.option_members):  # from the end, so that positions before it stay true
+        changes: list[Change] = []  # made at once: each copies the body
+        for field, inner in self.option_members:
             mine = add if field is target else {}
-            if body[field.value_start] != 0x7B:  # null
+            if self.body[field.value_start] != 0x7B:  # null
                 if mine:
                     # null has thrown away what stood before it, so it stays where there was something
                     again = b'null,"options":' if len(self.option_members) > 1 else b""
-                    body = body[: field.value_start] + again + edit(b"{}", 0, (), add=mine) + body[field.end :]
+                    changes.append((field.value_start, field.end, again + encode(mine)))
                 continue
-            remove = [member for member in inner if member.key in names]
-            if mine or remove:
-                body = edit(body, field.value_start, inner, remove=remove, add=mine)
+            changes += edit(field.value_start, inner, remove=[member for member in inner if member.key in names], add=mine)
         if target is None and add:
             first = next(iter(self.fields.values()))[0]  # there is one: the model
-            body = edit(body, self.start, (first,), add={"options": dict(add)})
-        return body
+            changes += edit(self.start, (first,), add={"options": dict(add)})
+        return splice(self.body, changes) if changes else self.body
 
     def with_model(self, name: str) -> bytes:
         """The body with ``name`` (plain ASCII) in place of the model that it names."""
@@ -113,12 +111,15 @@ def parse_load_request(path: str, body: bytes) -> LoadRequest:
         return LoadRequest(body=body, model=model, options={}, unloads=False, start=start, fields=by_name, option_members=())
     option_members: list[tuple[Member, tuple[Member, ...]]] = []
     options: dict[str, Any] = {}
+    looked_at = 0
     for field in by_name.get("options", ()):
         if body[field.value_start : field.end] == b"null":
             options = {}
             option_members.append((field, ()))
             continue
         inner = members(body, field.value_start)
+        if (looked_at := looked_at + len(inner)) > MEMBER_LIMIT:
+            raise JsonError(f"more than {MEMBER_LIMIT} options")
         option_members.append((field, inner))
         options.update({member.key: decode(body, member) for member in inner if member.key in _WANTED})
     options = {

@@ -1,8 +1,8 @@
 """Changes inside a JSON text that leave every other byte as it is.
 
 A request's body is never parsed and written anew: numbers keep their notation, keys their order, unknown fields, repeated keys
-and blanks stay. Instead the members of one object are located (:func:`members`) and bytes are cut out and put in
-(:func:`edit`). Strings are skipped with ``bytes.find``, so ten megabytes of an image cost a millisecond.
+and blanks stay. Instead the members of one object are located (:func:`members`), and bytes are cut out and put in
+(:func:`edit`, :func:`splice`). Strings are skipped with ``bytes.find``, so ten megabytes of an image cost a millisecond.
 
 The scan follows RFC 8259 as far as structure goes: it knows where each value ends, not whether a number is well formed.
 A text whose structure it does not understand raises ``JsonError``; nothing is guessed.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 TOKEN_LIMIT = 1_000_000
@@ -115,30 +115,40 @@ def elements(text: bytes, start: int) -> tuple[tuple[int, int], ...]:
         position = scan.expect(b",", follower)
 
 
+Change = tuple[int, int, bytes]
+"""Where a piece of a text begins and ends, and what is to stand there instead."""
+
+
 def edit(
-    text: bytes, start: int, found: Sequence[Member], *, remove: Collection[Member] = (), add: Mapping[str, Any] | None = None
-) -> bytes:
-    """``text`` with members of the object at ``start`` cut out and new ones put in front of the others.
+    start: int, found: Sequence[Member], *, remove: Iterable[Member] = (), add: Mapping[str, Any] | None = None
+) -> list[Change]:
+    """What is to change for members of the object at ``start`` to be cut out and new ones put in front of the others.
 
     ``found`` are the object's members as :func:`members` gave them, ``remove`` some of those.
     """
-    kept = [index for index, member in enumerate(found) if member not in remove]
+    gone = frozenset(remove)
+    kept = [index for index, member in enumerate(found) if member not in gone]
     last_kept = kept[-1] if kept else -1
     changes = []
     if add:
-        changes.append((start + 1, start + 1, _ENCODER.encode(add).encode("ascii")[1:-1] + (b"," if kept else b"")))
+        changes.append((start + 1, start + 1, encode(add)[1:-1] + (b"," if kept else b"")))
     for index, member in enumerate(found):
-        if member not in remove:
+        if member not in gone:
             continue
         if index < last_kept:  # with the comma after it
             changes.append((member.start, found[index + 1].start, b""))
         else:  # with the comma before it
             changes.append((found[index - 1].end if index else member.start, member.end, b""))
-    return splice(text, changes)
+    return changes
 
 
-def splice(text: bytes, changes: Iterable[tuple[int, int, bytes]]) -> bytes:
-    """``text`` with other bytes in some places: start, end, what stands there instead; places must not overlap."""
+def encode(value: Mapping[str, Any]) -> bytes:
+    """``value`` as JSON without blanks, in ASCII."""
+    return _ENCODER.encode(dict(value)).encode("ascii")
+
+
+def splice(text: bytes, changes: Iterable[Change]) -> bytes:
+    """``text`` with all of ``changes`` made at once; their places must not overlap."""
     view = memoryview(text)
     parts: list[bytes | memoryview] = []
     position = 0
