@@ -36,6 +36,9 @@ LIST_PATHS = frozenset({"/api/tags", "/api/ps", "/v1/models"})
 INTEGER_OPTIONS = ("num_gpu", "main_gpu", "num_ctx", "num_batch")
 """Options that placement looks at and that Ollama takes as integers only."""
 
+QUOTE_LIMIT = 4_000_000
+"""Quotes in a body that is looked through, less than 0.5 s of work; beyond it the request passes as it is."""
+
 _ZERO_DURATION = re.compile(r"[+-]?(?:0++\.?0*+|\.0++)(?:(?:ns|us|µs|μs|ms|s|m|h)(?:0++\.?0*+|\.0++)?)*+")
 """A duration of zero as Go reads it. Nothing is tried twice (``+``, ``*+``): clients could make that last for ever."""
 
@@ -100,6 +103,8 @@ def parse_load_request(path: str, body: bytes) -> LoadRequest:
     Raises ``JsonError`` where Ollama would not understand it either (or would, by rules that are not worth knowing): such a
     request goes on as it is, and Ollama's own answer comes back.
     """
+    if len(body) > QUOTE_LIMIT and body.count(b'"') > QUOTE_LIMIT:
+        raise JsonError(f"more than {QUOTE_LIMIT} quotes")
     start = blank_end(body, 0)
     by_name: dict[str, list[Member]] = {}
     for field in members(body, start):

@@ -95,12 +95,20 @@ def test_absurd_nesting_is_refused_quickly():
         members(b'{"a":' + b"[" * (DEPTH_LIMIT + 1))
 
 
-@pytest.mark.parametrize("text", [b'{"a":' + b"1" * 5_000_000 + b"x}", b'{"a":1' + b',"a":1' * 500_000 + b"}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a":' + b"1" * 5_000_000 + b"x}",
+        b'{"a":1' + b',"a":1' * 500_000 + b"}",
+        b'{"model":"m","messages":[{}' + b',{"":"","":""}' * 1_500_000 + b"]}",
+    ],
+    ids=["a number", "members", "messages"],
+)
 def test_absurd_numbers_and_counts_are_refused_quickly(text):
     # shows: nobody waits while one client's text is looked through (without care: a second each)
     start = time.thread_time()
     with pytest.raises(JsonError):
-        members(text)
+        parse_load_request("/api/chat", text)
     assert time.thread_time() - start < 0.3
 
 
