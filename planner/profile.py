@@ -34,6 +34,9 @@ ENCODERS = frozenset(
 )
 """Architectures without an output matrix, so that a file without one has no tied one either."""
 
+UNTIED = ENCODERS | {"bitnet"}
+"""Architectures whose embedding is not loaded a second time: BitNet multiplies with the one on the host."""
+
 REMEMBERED = 128
 """Results of a kind that a profile keeps: more contexts than one search asks for."""
 
@@ -234,7 +237,7 @@ def build_profile(*, metadata: Metadata, tensors: Iterable[Tensor], file_bytes: 
             has_output = has_output or stem == "output"
     if not any(_LAYER.match(tensor.name) for tensor in rows):
         raise ValueError("the tensor table holds no repeating layers (blk.N.*)")
-    tied_bytes = 0 if has_output or architecture in ENCODERS else embedding_bytes
+    tied_bytes = 0 if has_output or architecture in UNTIED else embedding_bytes
     n_layers = max(parts) + 1
     if n_layers > MAX_LAYERS:
         raise ValueError(f"{n_layers} layers are more than llama.cpp loads ({MAX_LAYERS})")
