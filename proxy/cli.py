@@ -6,13 +6,10 @@ Exit codes: 0 fine, 1 the thing asked for can't be done, 2 bad usage (a wrong se
 from __future__ import annotations
 
 import asyncio
-import errno
 import io
 import json
-import logging
 import os
 import re
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -32,7 +29,6 @@ from planner.power import power_shares, raw_powers
 from planner.recipes import RECIPES, quantized
 from planner.request import Era
 from planner.runnersup import with_runners_up
-from proxy.address import Address
 from proxy.calibrate import Calibrating, Report, report_json
 from proxy.calibration import LearnedPlanner
 from proxy.doctor import Sight, judge, judge_rules, look
@@ -118,7 +114,7 @@ def serve(host: str | None, upstream: str | None) -> None:
     import uvicorn  # here and in demo: the server takes a second to import, which the other commands need not wait for
 
     from proxy.app import create_app
-    from proxy.serve import settle_process, uvicorn_options
+    from proxy.serve import listen, log_to_stderr, settle_process, uvicorn_options
 
     settings = load_settings(**_given(host=host, upstream=upstream))
     read_rules(settings_file())
@@ -131,13 +127,13 @@ def serve(host: str | None, upstream: str | None) -> None:
         )
     for line in unknown_variables(os.environ):
         click.echo(f"Warning: {line}", err=True)
-    listener = _listen(settings.host)
+    listener = listen(settings.host)
     reached = settings.host.connectable()
     click.echo(f"lopsided  {reached.url}" + ("" if reached == settings.host else "  on every address of this machine"))
     click.echo(f"Ollama    {settings.upstream.url}  {_ollama_text(seen)}")
     for line in _gpu_lines(seen):
         click.echo(line)
-    _log_to_stderr()
+    log_to_stderr()
     server = uvicorn.Server(
         uvicorn.Config(create_app(settings, source=source), **uvicorn_options(settings.drain_s), log_level="warning")
     )
@@ -356,39 +352,6 @@ def gpu_source(settings: Settings, cards: tuple[str, ...] = ()) -> GpuSource:
 def device_order(settings: Settings) -> DeviceOrder:
     """What is known of Ollama's device order: CUDA's variables, and the setting's names."""
     return DeviceOrder.from_environment(os.environ, names=settings.device_order)
-
-
-def _listen(address: Address) -> socket.socket:
-    """The listening socket of ``serve``, bound before anything else starts. Raises ``click.ClickException``."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(
-            address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        both = family == socket.AF_INET6 and where[0] == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=both)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise click.ClickException(
-                f"another program listens on {address.authority} (lopsided already?); choose another address: "
-                "lopsided serve --host 127.0.0.1:PORT"
-            ) from error
-        raise click.ClickException(f"cannot listen on {address.authority}: {error.strerror or error}") from error
-
-
-class _OneLine(logging.Formatter):
-    """A record is a line, whatever is in the names that clients send."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return "".join(character if character.isprintable() else "?" for character in super().formatMessage(record))
-
-
-def _log_to_stderr() -> None:
-    """What lopsided decides, a line each; other libraries keep their own settings."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
-    log = logging.getLogger("lopsided")
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
 
 
 def _ollama_text(seen: Sight) -> str:

@@ -1,13 +1,18 @@
-"""How the proxy's process runs: uvicorn's settings, the same for the command line and for the tests, and glibc's."""
+"""How the proxy's process runs: where it listens and logs, glibc's settings, and uvicorn's, the same for the tests."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
+import logging
+import socket
 import sys
 from typing import Any
 
 from planner.units import MIB
+from proxy.address import Address
+from proxy.errors import LopsidedError
 from proxy.upgrade import PlainProtocol
 
 KEEP_ALIVE_S = 3600
@@ -61,3 +66,37 @@ def uvicorn_options(drain_s: int = 30) -> dict[str, Any]:
         "timeout_graceful_shutdown": drain_s,
         "backlog": 2048,
     }
+
+
+def listen(address: Address) -> socket.socket:
+    """The listening socket, to be bound before anything else starts. Raises ``LopsidedError`` with what to do."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(
+            address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        both = family == socket.AF_INET6 and where[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=both)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise LopsidedError(
+                f"another program listens on {address.authority} (lopsided already?); choose another address: "
+                "lopsided serve --host 127.0.0.1:PORT"
+            ) from error
+        raise LopsidedError(f"cannot listen on {address.authority}: {error.strerror or error}") from error
+
+
+class OneLine(logging.Formatter):
+    """A record is a line, whatever is in the names that clients send."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line, control characters replaced."""
+        return "".join(character if character.isprintable() else "?" for character in super().formatMessage(record))
+
+
+def log_to_stderr() -> None:
+    """What lopsided decides, a line each; other libraries keep their own settings."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("lopsided")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)

@@ -16,8 +16,9 @@ import httpx
 import pytest
 from click.testing import CliRunner, Result
 
-from proxy.cli import _OneLine, main
+from proxy.cli import main
 from proxy.gpus.static import StaticSource
+from proxy.serve import OneLine
 from proxy.simulator import Simulator, create_app, demo_models
 from tests.servers import free_port, serve
 
@@ -296,7 +297,7 @@ def test_a_console_without_the_signs_gets_others():
 
 def test_a_name_from_a_client_forges_no_line_of_the_log():
     record = logging.LogRecord("lopsided", logging.INFO, "", 0, "%s: passes", ("a\n2026 INFO b\x1b[2J\u2028\u00e9",), None)
-    assert _OneLine("%(levelname)s %(message)s").format(record) == "INFO a?2026 INFO b?[2J?\u00e9: passes"
+    assert OneLine("%(levelname)s %(message)s").format(record) == "INFO a?2026 INFO b?[2J?\u00e9: passes"
 
 
 def test_output_into_a_closed_pipe_is_no_accident():
