@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from planner.allocator import Allocator, State, Step, replay
 from planner.cache import layer_caches
-from planner.graph import next_early
 from planner.inputs import cells_of, scale_of
 from planner.profile import ModelProfile
 from planner.schedule import DevicePart, Schedule, schedules_of
 from planner.settings import LoadSettings
 from planner.tape import Program, Size, size_at
+from planner.traits import next_early
 
 PIPELINE_COPIES = 4
 """Copies of each input of a device with pipeline parallelism (``GGML_SCHED_MAX_COPIES`` in ``ggml/src/ggml-backend.cpp``)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from planner.cache import layer_caches
 from planner.families import family_of
-from planner.graph import LATE_OUTPUTS, SPARSE_GEMMA3N_LAYERS, LayerGraph
+from planner.graph import LayerGraph
 from planner.inputs import (
     DEEPSTACK,
     EMBEDDING,
@@ -25,6 +25,7 @@ from planner.inputs import (
 )
 from planner.profile import ModelProfile
 from planner.tape import STEADY, Program, Tape
+from planner.traits import LATE_OUTPUTS, SPARSE_GEMMA3N_LAYERS
 
 UNSHIFTED_LAYER_NORMS = frozenset({"cohere2", "command-r", "dbrx", "mpt"})
 """Architectures whose last norm is a LayerNorm without a bias."""

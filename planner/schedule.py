@@ -13,14 +13,6 @@ from itertools import groupby, pairwise
 
 from planner.allocator import align
 from planner.cache import layer_caches
-from planner.graph import (
-    LATE_OUTPUTS,
-    attends_beside_state,
-    attends_in_ram,
-    fetches_early,
-    is_mamba,
-    next_early,
-)
 from planner.inputs import (
     CHOICE_MASK,
     DEEPSTACK,
@@ -53,6 +45,14 @@ from planner.inputs import (
 from planner.profile import ModelProfile
 from planner.programs import Programs, adds_positions, layer_kinds
 from planner.tape import STEADY, Program, Size
+from planner.traits import (
+    LATE_OUTPUTS,
+    attends_beside_state,
+    attends_in_ram,
+    fetches_early,
+    is_mamba,
+    next_early,
+)
 
 PRE_NORMS = frozenset({"attn_norm.weight", "ln1.weight"})
 """Tensors with which a layer begins; some architectures norm only what attention and feed-forward return."""
