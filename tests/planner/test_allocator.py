@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.allocator import RELEASE, Allocator, align, replay
+from planner.allocator import ALLOCATE, RELEASE, Allocator, align, replay
 from planner.tape import STEADY, Tape
 
 
@@ -29,6 +29,20 @@ def test_neighbouring_holes_merge() -> None:
             heap.free(offsets[i], 128)
         assert heap.state == start
         assert heap.peak == 384
+
+
+def test_an_empty_hole_keeps_its_neighbours_apart() -> None:
+    """A tensor of no bytes that is released inside a hole leaves another there; the first no longer joins what lies behind it."""
+    heap = Allocator()
+    a, empty, b, c = (heap.allocate(size) for size in (256, 0, 256, 128))
+    assert empty == b
+    heap.free(a, 256)
+    heap.free(b, 256)
+    heap.free(empty, 0)  # inside the hole of a and b
+    heap.free(c, 128)
+    assert heap.state[0] == (0, 256, 640)
+    assert heap.state[1][:2] == (640, 0)
+    assert heap.allocate(1024) == 640
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 5000)), max_size=60))
@@ -62,6 +76,14 @@ def test_a_result_takes_over_memory_that_nobody_else_reads() -> None:
     replay(heap, program.steps, slots)
     assert heap.peak == 2 * align(1000)
     assert [slots[slot] for _, slot in program.exports] == [align(1000)]
+
+
+def test_a_result_of_no_bytes_is_allocated_and_released() -> None:
+    """It takes a slot and gives it back, unlike what is computed elsewhere."""
+    tape = Tape()
+    tape.use(tape.empty(-1))
+    tape.use(-1)
+    assert [step[0] for step in tape.compile({}, sizes={}).steps] == [ALLOCATE, RELEASE]
 
 
 def test_a_kept_tensor_of_the_caller_is_never_released() -> None:
