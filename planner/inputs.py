@@ -142,7 +142,6 @@ NO_ROTATION = frozenset(
         "bert",
         "bloom",
         "gpt2",
-        "granitehybrid",
         "jais",
         "jamba",
         "jina-bert-v2",
@@ -186,6 +185,8 @@ def rotates(profile: ModelProfile, cache: LayerCache) -> bool:
     """Whether a layer's queries and keys are rotated, or scaled instead (Llama 4)."""
     if profile.architecture in ROTATION_IN_WINDOWS:
         return cache.windowed or not window_tokens(profile)
+    if profile.architecture.startswith("granite"):  # the key is their switch
+        return bool(profile.metadata.get(f"{profile.architecture}.rope.scaling.finetuned", True))
     return profile.architecture not in NO_ROTATION
 
 
