@@ -124,7 +124,7 @@ class Attention(Operations):
         """Quantized caches hold values rotated by a Hadamard matrix (``llama_mul_mat_hadamard``)."""
         if not self._rotation(matrix):
             return x
-        return self._op(features, x, self.brought.get(matrix, matrix))
+        return self._op(features, x, self._bring(matrix))
 
     def _per_cell(self, size: int) -> Growth:
         """``size`` bytes for each cell that a sequence sees in this layer."""

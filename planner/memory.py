@@ -65,7 +65,7 @@ def estimate_memory(
     weights = profile.weights_before
     caches = tuple(accumulate(cache_bytes(profile, settings), initial=0))
     compute = compute_model(profile, settings, cpu_layers=placement.cpu_layers)
-    visitors = range(placement.cpu_layers)
+    visitors = range(min(placement.cpu_layers, profile.n_computed_layers))
     pipelined = (
         len(placement.order) > 1 and not placement.cpu_layers and not placement.cpu_experts and placement.output_gpu is not None
     )

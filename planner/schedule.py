@@ -258,7 +258,7 @@ class Schedules:
             last_reader[OUTPUT_ROWS] = self._n
             first_reader.setdefault(OUTPUT_ROWS, self._n)
         if not part.first:
-            last_reader[PER_LAYER] = self._n  # among the device's unnamed tensors, see _slices
+            last_reader |= {PER_LAYER: self._n, DEEPSTACK: self._n}  # among the device's unnamed tensors, see _slices
         waiting = set(first_reader) - {PER_LAYER, DEEPSTACK} if part.visitors else set()
         stops = sorted(part.host_experts) if part.first else []
         if stops and not part.visitors:
