@@ -22,7 +22,7 @@ from pathlib import Path
 
 import uvloop
 
-from benchmarks.proxy.contenders import OTHER_CORES, Contender, come_first, running
+from benchmarks.proxy.contenders import OTHER_CORES, Contender, alone, come_first, running
 from benchmarks.proxy.install import LeftOutError, prepare, versions
 from benchmarks.proxy.measures import MEMORY, OLLAMA_ALONE, ROUND, SLOW, SWEEP, Measure, machine, peak_mib, sweep_of
 from benchmarks.proxy.plancost import plan_cost_us
@@ -44,7 +44,9 @@ def play(measures: Sequence[Measure], contenders: Sequence[Contender], rounds: i
                 if contender.name in SLOW and (index >= SLOW_ROUNDS or measure.__name__ == "image"):
                     continue
                 gc.collect()
-                for name, value in uvloop.run(measure(contender)).items():
+                with alone(contender, contenders):
+                    figures = uvloop.run(measure(contender))
+                for name, value in figures.items():
                     found[contender.name][name].append(value)
         print(f"  {what} {index + 1} of {rounds}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return found

@@ -87,6 +87,19 @@ def come_first(pid: int) -> None:
 
 
 @contextmanager
+def alone(contender: Contender, contenders: Sequence[Contender]) -> Iterator[None]:
+    """The others stand still: they share the core, and what they do by themselves would be counted against ``contender``."""
+    others = [other.pid for other in contenders if other.pid is not None and other is not contender]
+    for pid in others:
+        os.killpg(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in others:
+            os.killpg(pid, signal.SIGCONT)
+
+
+@contextmanager
 def process(command: Sequence[str], environment: dict[str, str], cores: set[int], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The command while the block runs, on ``cores``."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LOPSIDED_", "OLLAMA_", "CUDA_"))}
