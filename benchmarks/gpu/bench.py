@@ -48,6 +48,9 @@ PROMPT_WORDS = 1850
 ANSWER_TOKENS = 64
 UNFILLED_MIB = (66000, 66000)
 """Of two cards that one GPU stands for, in cases that do not say it."""
+STILL_S = 2.0
+"""How long the GPUs must have been at rest before a case begins. After a model is unloaded, Ollama opens them a few times more, each
+for about a second, to see that its memory is free again."""
 SHARES = (0.38, 0.44)
 """What ``--hold auto`` leaves of the second GPU: a model's smaller siblings keep a little more, by their constant costs."""
 
@@ -62,8 +65,10 @@ class Bench:
     server: Path
     cases: dict[str, dict[str, Any]]
     done: set[tuple[str, str]]
+    resting: list[float] = field(default_factory=used_mib)
+    """MiB in use on each GPU before anything of this run's is."""
     idle: list[float] = field(default_factory=list)
-    """MiB in use on each GPU while no model is loaded; as ``filled`` leaves it."""
+    """The same while no model is loaded, and the GPUs are filled: as ``filled`` leaves it."""
 
     @property
     def server_environment(self) -> dict[str, str]:
@@ -122,6 +127,8 @@ def filled(bench: Bench, case: dict[str, Any]) -> Iterator[None]:
         return
     if bench.args.hold != "0":
         bench.hold(0 if equal else int(bench.args.hold))
+    if used_mib():
+        settled_mib(bench.resting, still_s=STILL_S)
     if bench.args.as_is or not used_mib():
         yield
         return

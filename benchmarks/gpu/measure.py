@@ -55,12 +55,19 @@ def used_mib() -> list[float]:
     return [pynvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**20 for gpu in _gpus()]
 
 
-def settled_mib(idle: Sequence[float], patience_s: float = 15.0) -> list[float]:
-    """``used_mib``, once no GPU has more in use than when it was ``idle``: what has ended frees memory a little later."""
-    deadline = time.monotonic() + patience_s
+def settled_mib(idle: Sequence[float], patience_s: float = 15.0, still_s: float = 0.0) -> list[float]:
+    """``used_mib``, once no GPU has more in use than when it was ``idle``: what has ended frees memory a little later.
+
+    It must have been so for ``still_s``. ``patience_s`` is how long it is waited for at most.
+    """
+    begun = busy = time.monotonic()
     while True:
-        used = used_mib()
-        if time.monotonic() > deadline or all(now <= then + 32 for now, then in zip(used, idle, strict=False)):
+        used, now = used_mib(), time.monotonic()
+        if any(mib > then + 32 for mib, then in zip(used, idle, strict=False)):
+            busy = now
+        elif now - busy >= still_s:
+            return used
+        if now - begun > patience_s:
             return used
         time.sleep(0.1)
 
@@ -151,6 +158,7 @@ def run_server(
     loaded = last_load(log_text)
     row |= {"order": loaded.order, "buffers_mib": loaded.buffers_mib}
     if "error" in row:
+        row["out_of_memory"] = log_text.count("out of memory")
         row["log_tail"] = log_text[-1500:]
     return row
 
