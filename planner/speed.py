@@ -55,7 +55,7 @@ fast as measured (30B-A3B on an H200, gpt-oss 20B on an RTX 4090)."""
 
 HOP_SECONDS = 75e-6
 """Handing a hidden state to the next device and waiting for it: 33 splits measured on two H200 fit 50 to 100 µs; 16 on one H200
-that stands for two cards (docs/benchmarks.md) fit 200."""
+that stood for two cards fit 200."""
 
 HOST_BANDWIDTH_BYTES_PER_S = 51_200_000_000
 """Of a host about which nothing is known: two channels of DDR4-3200 (JEDEC 79-4: 25.6 GB/s each)."""

@@ -49,8 +49,8 @@ ANSWER_TOKENS = 64
 UNFILLED_MIB = (66000, 66000)
 """Of two cards that one GPU stands for, in cases that do not say it."""
 STILL_S = 2.0
-"""How long the GPUs must have been at rest before a case begins. After a model is unloaded, Ollama opens them a few times more, each
-for about a second, to see that its memory is free again."""
+"""How long the GPUs must have been at rest before a case begins. After a model is unloaded, Ollama opens them a few times more,
+for about a second each, to see that its memory is free again."""
 SHARES = (0.38, 0.44)
 """What ``--hold auto`` leaves of the second GPU: a model's smaller siblings keep a little more, by their constant costs."""
 

@@ -111,9 +111,9 @@ def tensors(shape: Shape) -> Iterator[Tensor]:
         yield tensor(f"blk.{i}.ffn_down{suffix}", "q4_0", shape.ffn, shape.width, *many)
 
 
-def profile(name: str) -> ModelProfile:
-    """The model as the planner knows it."""
-    shape = SHAPES[name]
+def profile(name: str, shape: Shape | None = None) -> ModelProfile:
+    """The model as the planner knows it, of ``shape`` where that is given."""
+    shape = shape or SHAPES[name]
     all_tensors = tuple(tensors(shape))
     size = sum(tensor.bytes for tensor in all_tensors)
     return build_profile(metadata=metadata(shape), tensors=all_tensors, file_bytes=size, name=name)

@@ -31,7 +31,8 @@ from planner.units import MIB
 from proxy.gpus.static import StaticSource
 
 DEVICES = ("CUDA0", "CUDA1")
-RIG = StaticSource.from_arguments(["H200", "H200"]).rig()
+RIG = StaticSource.from_arguments(["H100 80GB HBM3"] * 2).rig()
+"""What docs/benchmarks.md was measured on. Of other cards the solo rows tell the rates; this still sizes a layer's fixed cost."""
 TOKENS = 2048 + 64 // 2
 """Tokens in the context, halfway through an answer."""
 WORKSPACE_BYTES = 112 * MIB
@@ -130,14 +131,21 @@ def shares(loads: Iterable[Load]) -> dict[str, float]:
     return {model: found[1] / found[0] for model, found in rates.items() if len(found) == 2}
 
 
-def predicted_decode(load: Load, calibration: Calibration | None) -> float | None:
-    """Tokens/s; ``None`` where a part on the CPU, unfused attention or an uncalibrated GPU makes it another question."""
+def predicted_decode(load: Load, calibration: Calibration | None, share: float | None = None) -> float | None:
+    """Tokens/s; ``None`` where a part on the CPU, unfused attention or an uncalibrated GPU makes it another question.
+
+    With ``share``, as if the second GPU had that part of the first's rates.
+    """
     if calibration is None or not load.settings.flash_attention or load.placement.kind not in ("solo", "split"):
         return None
     if load.row["case"].startswith("equal-"):
-        if DEVICES[0] not in calibration.rates:
+        share = 1.0
+    if share is not None:
+        first, second = (gpu.uuid for gpu in RIG.gpus)
+        if first not in calibration.rates:
             return None
-        calibration = Calibration(rates=dict.fromkeys(DEVICES, calibration.rates[DEVICES[0]]))
+        decode, prefill = calibration.rates[first]
+        calibration = Calibration(rates={first: (decode, prefill), second: (decode * share, prefill * share)})
     settings = LoadSettings(num_ctx=TOKENS, batch=load.settings.batch, ubatch=load.settings.ubatch)
     return predict_speed(known(load.row["model"]), RIG, settings, load.placement, calibration).decode_tokens_per_s
 
@@ -164,8 +172,21 @@ def table(title: str, loads: list[Load], failed: list[dict[str, Any]], learned: 
         yield f"| {row['way']} | {reason} | | | | | | | |"
 
 
-def verdicts(cases: dict[str, list[Load]], failed: list[dict[str, Any]], learned: dict[str, Calibration]) -> Iterator[str]:
-    """Each promise, what was seen, and whether it is kept."""
+def times_stock_at(share: float, cases: dict[str, list[Load]], learned: dict[str, Calibration]) -> dict[str, float]:
+    """By case: decode of the automatic layers over that of stock's, calculated for a second GPU of ``share`` of the first."""
+    found = {}
+    for name, loads in cases.items():
+        predicted = {load.row["way"]: predicted_decode(load, learned.get(load.row["model"]), share) for load in loads}
+        automatic, stock = predicted.get("auto"), predicted.get("stock")
+        if automatic and stock and not name.startswith("equal-"):
+            found[name] = automatic / stock
+    return found
+
+
+def verdicts(
+    cases: dict[str, list[Load]], failed: list[dict[str, Any]], learned: dict[str, Calibration], share: float | None = None
+) -> Iterator[str]:
+    """Each promise, what was seen, and whether it is kept; ``share`` as in ``times_stock_at``."""
     best_of_sweep, of_stock = {}, {}
     errors, buffers, nvml = [], [], []
     for name, loads in cases.items():
@@ -215,8 +236,11 @@ def verdicts(cases: dict[str, list[Load]], failed: list[dict[str, Any]], learned
             f"to {plans[-1] * 1e3:.0f} ms, median {plans[len(plans) // 2] * 1e3:.0f} | |"
         )
     if reached := shares(load for loads in cases.values() for load in loads):
-        said = ", ".join(f"{model} {share:.2f}" for model, share in reached.items())
+        said = ", ".join(f"{model} {part:.2f}" for model, part in reached.items())
         yield f"| the second card's decode rate, as a part of the first's | {said} | |"
+    if share is not None:
+        said = ", ".join(f"{name} {times:.2f}" for name, times in times_stock_at(share, cases, learned).items())
+        yield f"| automatic × stock, the same layers, calculated for a second card of {share} | {said} | |"
 
 
 def _kept(each: list[bool]) -> str:
@@ -231,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--cases", type=Path, default=Path(__file__).parent / "cases.toml")
+    parser.add_argument("--share", type=float, help="say what it would be if the second card had so much of the first's rate")
     args = parser.parse_args()
     titles = {name: case["title"] for name, case in tomllib.loads(args.cases.read_text()).items()}
     cases: dict[str, list[Load]] = {}
@@ -244,7 +269,7 @@ def main() -> None:
         except (ValueError, KeyError, IndexError) as error:
             print(f"<!-- {row['case']} {row['way']}: {error!r} -->")
     learned = calibrations(load for loads in cases.values() for load in loads)
-    print("\n".join(verdicts(cases, [row for rows in failed.values() for row in rows], learned)))
+    print("\n".join(verdicts(cases, [row for rows in failed.values() for row in rows], learned, args.share)))
     for name, title in titles.items():
         if name in cases or name in failed:
             print("\n".join(table(f"{name}: {title}", cases.get(name, []), failed.get(name, []), learned)))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import measure
 from benchmarks.gpu.models import HEAD, SCALE, SHAPES, profile, tensors
 from benchmarks.gpu.ollama import make_store
-from benchmarks.gpu.report import Load, calibrations, understood, verdicts
+from benchmarks.gpu.report import Load, calibrations, times_stock_at, understood, verdicts
 from benchmarks.gpu.serverlog import last_load, placement_of
 from planner.settings import LoadSettings
 
@@ -74,6 +75,36 @@ def test_the_report_judges_measured_rows() -> None:
     said = "\n".join(verdicts(cases | {"moe": [*cases["moe"], *slower]}, [], calibrations(loads)))
     assert "| automatic ≥ 0.97 × the best of the sweep | moe 0." in said
     assert "**no**" in said
+
+
+def test_what_the_cards_would_be_at_another_ratio_is_calculated() -> None:
+    """Two H100 with an 8B, all of it on one card or on the other: just the ratio. Equal cards are predicted alike."""
+    rows = json.loads((Path(__file__).parents[1] / "data" / "two_h100.json").read_text())["rows"]
+    cases: dict[str, list[Load]] = {"solo-8b": [], "slow-card": [], "equal-slow-card": []}
+    for row in rows:
+        if row["case"] in cases:
+            words = row["args"].split()
+            order = words[words.index("--device") + 1].split(",")
+            way = {"CUDA0": "auto", "CUDA1": "stock"}.get(",".join(order), "sweep")
+            cases[row["case"]].append(understood(row | {"way": way, "args": words, "order": order}))
+    learned = calibrations(load for loads in cases.values() for load in loads)
+    assert times_stock_at(0.42, cases, learned)["slow-card"] == pytest.approx(1 / 0.42)
+    said = "\n".join(verdicts(cases, [], learned, 0.42))
+    assert "decode predicted within 10 % | 7 of 7" in said
+    assert "calculated for a second card of 0.42 |" in said
+
+
+def test_gpus_must_have_been_at_rest_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's memory is freed, then Ollama looks at the GPU once more: what it holds meanwhile is not taken for rest."""
+    readings = iter([20_000.0, 500.0, 1024.0, 500.0, 500.0, 500.0, 500.0, 501.0, 502.0])
+    now = iter(range(1000))
+    monkeypatch.setattr(measure, "used_mib", lambda: [next(readings)])
+    monkeypatch.setattr(measure.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(measure.time, "sleep", lambda seconds: None)
+    assert measure.settled_mib([490.0], still_s=5.0) == [501.0]
+    assert measure.settled_mib([490.0]) == [502.0]
+    monkeypatch.setattr(measure, "used_mib", lambda: [1024.0])
+    assert measure.settled_mib([490.0], patience_s=3.0) == [1024.0]
 
 
 @pytest.mark.parametrize("name", ["1b", "8b", "32b", "70b"])

@@ -31,7 +31,7 @@ from planner.speed import (
 )
 from tests.planner import models
 from tests.planner.test_speed import FAST, MEASURED_32B, MEASURED_70B, SLOW, split
-from tests.planner.test_two_h200 import RIG, ROWS, load, profile
+from tests.planner.test_two_gpus import RIG, ROWS, load, profile
 
 SETTINGS = LoadSettings(num_ctx=4096)
 PAIR = models.rig(FAST, SLOW)
@@ -69,7 +69,7 @@ def learn(model: ModelProfile, seen: list[Observation], rig: Rig = PAIR) -> Cali
 def measured(row: dict[str, Any], slower: float = 1.0) -> Observation:
     """A row of the measured table as an answer."""
     settings, placement = load(row)
-    return answer(profile(row["model"]), placement, row["decode"], row["prefill"], rig=RIG, settings=settings, slower=slower)
+    return answer(profile(row), placement, row["decode"], row["prefill"], rig=RIG, settings=settings, slower=slower)
 
 
 def misses(seen: list[Observation]) -> list[float]:
@@ -77,7 +77,7 @@ def misses(seen: list[Observation]) -> list[float]:
     found = []
     for row in HELD:
         settings, placement = load(row)
-        model = profile(row["model"])
+        model = profile(row)
         speed = predict_speed(model, RIG, settings, placement, learn(model, seen, RIG))
         found.append(abs(speed.decode_tokens_per_s / row["decode"] - 1))
     return found

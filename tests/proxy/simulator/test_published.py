@@ -10,7 +10,7 @@ from planner.speed import gpu_rates, predict_speed
 from proxy.gpus.static import StaticSource
 from proxy.simulator.published import Run, published_rates, published_runs
 from tests.planner import models
-from tests.planner.test_two_h200 import ROWS, load, profile
+from tests.planner.test_two_gpus import ROWS, load, profile
 
 RUNS = published_runs()
 
@@ -38,7 +38,7 @@ def test_models_measured_on_an_h200_are_predicted_from_its_data_within_35_percen
     row = next(row for row in ROWS if row["model"] == model and "--n-cpu-moe" not in row["args"])
     settings, placement = load(row)
     cards = StaticSource.from_arguments(["H200", "H200"]).rig()
-    speed = predict_speed(profile(model), cards, settings, placement)
+    speed = predict_speed(profile(row), cards, settings, placement)
     assert speed.decode_tokens_per_s == pytest.approx(row["decode"], rel=0.35)
     assert speed.prefill_tokens_per_s == pytest.approx(row["prefill"], rel=0.35)
 
