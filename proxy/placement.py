@@ -175,7 +175,7 @@ class Placements:
         failed = decision.in_force
         if failed is None or decision.request is None:
             return None
-        if failed.delivery.by_launcher and self._launches.failed(blob_name(failed.blob)):
+        if self._launches.failed(blob_name(failed.blob)):  # also where the launcher was first seen by this very load
             return await self._again(decision, decision.request)  # the same request, and another answer to the launcher
         if not failed.delivery.options:
             return None

@@ -39,11 +39,11 @@ class DeviceOrder:
 def in_ollama_order(gpus: Sequence[Gpu], order: DeviceOrder) -> tuple[Gpu, ...]:
     """The visible ones of ``gpus``, index ``i`` being what Ollama calls device ``i``.
 
-    First CUDA's own order: by PCI id, or the fastest card first and the rest by PCI id. Then ``visible`` picks from that, in
-    its own order. Then ``names``, if given: the cards it names come first, as it names them, the others after them.
+    First CUDA's own order: by PCI id, or the fastest card first and the rest by PCI id; where a card's PCI id is unknown, the
+    order given stands for that of the ids. Then ``visible`` picks from that, in its own order. Then ``names``, if given: the cards it names come first, as it names them, the others after them.
     Raises ``GpuError`` where a name means no visible card, or a beginning of a UUID means several.
     """
-    by_pci = sorted(gpus, key=lambda gpu: (gpu.pci_id or "", gpu.uuid))
+    by_pci = list(gpus) if any(gpu.pci_id is None for gpu in gpus) else sorted(gpus, key=lambda gpu: str(gpu.pci_id))
     cuda = by_pci if order.by_pci else _fastest_first(by_pci)
     visible = cuda if order.visible is None else visible_gpus(cuda, order.visible)
     return _named_first(visible, order.names)

@@ -20,6 +20,7 @@ from proxy.catalog import ModelFacts
 from proxy.endpoints import parse_load_request
 from proxy.errors import GpuError
 from proxy.gpus.static import StaticSource
+from proxy.launches import Launches
 from proxy.loading import freed
 from proxy.options import era_of
 from proxy.placement import Placements
@@ -379,6 +380,18 @@ async def test_a_failure_is_remembered_though_another_context_was_asked_for_mean
     await placements.decide(load_request(2048))
     instead = await placements.after_failure(failing)
     assert instead.delivery.text == "stock; the same plan ran out of memory before"
+
+
+async def test_the_launchers_answer_to_a_load_that_nobody_expected_it_for_is_tried_again():
+    # shows: a fresh proxy's first load, sent as stock's, ran out of memory by the answer to the launcher: no 500 for the client
+    launches = Launches(lambda: 0.0)
+    placements = fixed_placements(launches=launches)
+    first = await placements.decide(load_request(1024))
+    assert not first.delivery.by_launcher
+    launches.asked("b", spread=True)
+    launches.given("b", ("--device", "CUDA1,CUDA0"), 1024)
+    assert await placements.after_failure(first) is not None
+    assert launches.careful("b", 1024) == 1
 
 
 async def test_a_client_that_leaves_after_a_failure_is_counted_out_once():

@@ -1,5 +1,7 @@
 """Ollama's device order from NVML's list."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,13 @@ def test_fastest_first_unless_told_otherwise():
 def test_pci_order():
     """CUDA_DEVICE_ORDER=PCI_BUS_ID: as NVML counts."""
     assert order(by_pci=True) == [SLOW, TI, FAST]
+
+
+@pytest.mark.parametrize("cards", [[TI, FAST, SLOW], [FAST, SLOW, TI]])
+def test_cards_of_unknown_pci_ids_stay_as_they_are_listed(cards):
+    """A profile has no PCI ids, and its order is Ollama's: sorted by UUID, the layers of one card would go to another."""
+    unknown = [replace(card, pci_id=None) for card in cards]
+    assert list(in_ollama_order(unknown, DeviceOrder(by_pci=True))) == unknown
 
 
 def test_unknown_speed_falls_back_to_compute_capability():
