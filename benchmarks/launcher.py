@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import httpx
 
-from proxy.installation import CACHE, NAME, STOCK, shipped_launcher
+from proxy.launcher.installation import CACHE, NAME, STOCK, shipped_launcher
 from proxy.simulator.models import HEADERS, HERE, demo_models
 
 LIMIT_MS = 20.0

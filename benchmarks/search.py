@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from planner import Gpu, Host, PlanRequest, Rig, build_profile, make_plan
 from planner.profile import ModelProfile
 from planner.units import MIB
-from proxy.gguf import read_profile
+from proxy.models.gguf import read_profile
 
 HEADERS = Path(__file__).parents[1] / "tests" / "data" / "gguf"
 RUNS = 41

@@ -18,35 +18,35 @@ from starlette.exceptions import HTTPException
 from planner.frontier import frontier
 from planner.plan import Planner, make_plan
 from planner.runnersup import with_runners_up
-from proxy.access import LAUNCH_PATH, bears_token, is_foreign, lacks_token, refuses_host, refuses_own, without_token
-from proxy.asgi import Application, Receive, Scope, Send
-from proxy.calibration import Calibrator, LearnedPlanner
-from proxy.catalog import Catalog
+from proxy.config.rulefile import RuleFile
+from proxy.config.settings import Settings, setting_names, settings_file
 from proxy.dashboard import page
-from proxy.derived import Derived
-from proxy.endpoints import V1_PATHS, kind_of, parse_load_request
 from proxy.errors import GpuError, LopsidedError, UpstreamError
-from proxy.failures import TEXT_LIMIT_BYTES, is_out_of_memory
-from proxy.forward import VIA, ClientRequest, Forwarder
 from proxy.gpus import GpuSource
 from proxy.jsonedit import JsonError
-from proxy.launch import BODY_LIMIT_BYTES as LAUNCH_LIMIT_BYTES
-from proxy.launches import Launches
-from proxy.launching import Launching
-from proxy.loading import MAX_TOKENS
-from proxy.measurements import FILE_NAME as MEASUREMENTS_FILE
-from proxy.measurements import Measurements
-from proxy.ollama import Ollama
-from proxy.options import stock
-from proxy.outgoing import as_it_is, outgoing
+from proxy.launcher.launch import BODY_LIMIT_BYTES as LAUNCH_LIMIT_BYTES
+from proxy.launcher.launches import Launches
+from proxy.launcher.launching import Launching
+from proxy.learning.calibration import Calibrator, LearnedPlanner
+from proxy.learning.measurements import FILE_NAME as MEASUREMENTS_FILE
+from proxy.learning.measurements import Measurements
+from proxy.models.catalog import Catalog
+from proxy.ollama.client import Ollama
+from proxy.ollama.endpoints import V1_PATHS, kind_of, parse_load_request
+from proxy.ollama.failures import TEXT_LIMIT_BYTES, is_out_of_memory
+from proxy.ollama.options import stock
 from proxy.overview import Overview
-from proxy.placement import Placements
+from proxy.placing.outgoing import as_it_is, outgoing
+from proxy.placing.placement import Placements
 from proxy.planjson import devices_json, plan_json
-from proxy.renaming import LIST_BYTES, Held, Renamed, shown_list
-from proxy.replies import error_reply, send_reply
-from proxy.rulefile import RuleFile
-from proxy.settings import Settings, setting_names, settings_file
+from proxy.plans.loading import MAX_TOKENS
 from proxy.statefile import StateFile
+from proxy.v1.derived import Derived
+from proxy.v1.renaming import LIST_BYTES, Held, Renamed, shown_list
+from proxy.wire.access import LAUNCH_PATH, bears_token, is_foreign, lacks_token, refuses_host, refuses_own, without_token
+from proxy.wire.asgi import Application, Receive, Scope, Send
+from proxy.wire.forward import VIA, ClientRequest, Forwarder
+from proxy.wire.replies import error_reply, send_reply
 
 OWN_PATH = "/lopsided"
 """Everything under it is lopsided's, everything else Ollama's."""

@@ -29,8 +29,8 @@ from planner.power import power_shares, raw_powers
 from planner.recipes import RECIPES, quantized
 from planner.request import Era
 from planner.runnersup import with_runners_up
-from proxy.calibrate import Calibrating, Report, report_json
-from proxy.calibration import LearnedPlanner
+from proxy.config.rulefile import RuleFile, read_rules
+from proxy.config.settings import CACHE_TYPES, Settings, load_settings, settings_file, unknown_variables
 from proxy.doctor import Sight, judge, judge_rules, look
 from proxy.errors import GpuError, LopsidedError, SettingsError
 from proxy.estimate import estimate_command
@@ -38,15 +38,15 @@ from proxy.gpus import GpuSource
 from proxy.gpus.nvml import NvmlSource
 from proxy.gpus.order import DeviceOrder
 from proxy.gpus.static import StaticSource, with_cards
-from proxy.launcher import launcher_commands
-from proxy.loading import MAX_TOKENS
-from proxy.measurements import FILE_NAME as MEASUREMENTS_FILE
-from proxy.measurements import Measurements
-from proxy.options import era_of
+from proxy.launcher.command import launcher_commands
+from proxy.learning.calibrate import Calibrating, Report, report_json
+from proxy.learning.calibration import LearnedPlanner
+from proxy.learning.measurements import FILE_NAME as MEASUREMENTS_FILE
+from proxy.learning.measurements import Measurements
+from proxy.ollama.options import era_of
 from proxy.planjson import devices_json, launcher_arguments, plan_json, quantization_json
 from proxy.planning import plan_for
-from proxy.rulefile import RuleFile, read_rules
-from proxy.settings import CACHE_TYPES, Settings, load_settings, settings_file, unknown_variables
+from proxy.plans.loading import MAX_TOKENS
 from proxy.statefile import StateFile
 from proxy.tables import (
     calibration_report,
@@ -114,7 +114,7 @@ def serve(host: str | None, upstream: str | None) -> None:
     import uvicorn  # here and in demo: the server takes a second to import, which the other commands need not wait for
 
     from proxy.app import create_app
-    from proxy.serve import listen, log_to_stderr, settle_process, uvicorn_options
+    from proxy.wire.serve import listen, log_to_stderr, settle_process, uvicorn_options
 
     settings = load_settings(**_given(host=host, upstream=upstream))
     read_rules(settings_file())

@@ -29,15 +29,15 @@ from planner.settings import LoadSettings
 from planner.speed import predict_speed
 from planner.units import GIB
 from proxy.app import create_app
+from proxy.config.settings import load_settings
 from proxy.errors import UpstreamError
 from proxy.gpus.static import StaticSource
-from proxy.serve import uvicorn_options
-from proxy.settings import load_settings
 from proxy.simulator import Simulator, demo_models
 from proxy.simulator import create_app as create_ollama
 from proxy.simulator.models import HEADERS
 from proxy.simulator.placement import Environment
 from proxy.simulator.published import published_rates
+from proxy.wire.serve import uvicorn_options
 
 TOKENS = 64
 """Tokens asked of each answer."""

@@ -17,15 +17,15 @@ import httpx
 from planner.hardware import Gpu, Rig
 from planner.units import GIB
 from proxy.address import Address
+from proxy.config.rulefile import read_rules
+from proxy.config.rules import matches
+from proxy.config.settings import Settings, unknown_variables
 from proxy.errors import GpuError, LauncherError, SettingsError
 from proxy.gpus import GpuSource
 from proxy.gpus.order import DeviceOrder
-from proxy.installation import SAYINGS, Installation, find_library, inspect
-from proxy.options import era_of
-from proxy.room import doubts
-from proxy.rulefile import read_rules
-from proxy.rules import matches
-from proxy.settings import Settings, unknown_variables
+from proxy.launcher.installation import SAYINGS, Installation, find_library, inspect
+from proxy.ollama.options import era_of
+from proxy.plans.room import doubts
 
 Level = Literal["ok", "warn", "fail"]
 

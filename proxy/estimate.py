@@ -18,7 +18,7 @@ from planner.profile import ModelProfile
 from planner.quantization import CACHE_TYPE_NAMES
 from planner.settings import LoadSettings
 from planner.units import MIB
-from proxy.gguf import read_profile
+from proxy.models.gguf import read_profile
 from proxy.tables import new_table
 
 PARTS: Mapping[str, str] = {

@@ -10,17 +10,18 @@ from typing import Any
 from planner.hardware import Rig
 from planner.plan import Plan
 from planner.request import Candidate
-from proxy.calibration import SPEED_FIELDS, Calibrator
-from proxy.catalog import Catalog, full_name
+from proxy.config.settings import Settings
 from proxy.errors import GpuError, LauncherError, ModelError
-from proxy.inforce import InForce
-from proxy.installation import SAYINGS, Installation, find_library, inspect
-from proxy.launches import Launches, blob_name
-from proxy.ollama import Loaded, Ollama
-from proxy.options import placement_text
-from proxy.placement import Placements
-from proxy.settings import Settings
-from proxy.verify import misplaced
+from proxy.launcher.installation import SAYINGS, Installation, find_library, inspect
+from proxy.launcher.launches import Launches
+from proxy.learning.calibration import SPEED_FIELDS, Calibrator
+from proxy.learning.verify import misplaced
+from proxy.models.catalog import Catalog, full_name
+from proxy.ollama.client import Loaded, Ollama
+from proxy.ollama.names import blob_name
+from proxy.ollama.options import placement_text
+from proxy.placing.inforce import InForce
+from proxy.placing.placement import Placements
 
 STATES = {"installed": "silent", "replaced": "gone", "absent": "absent", "interrupted": "broken", "lost": "broken"}
 """What the state of an installation is called here, as long as the launcher does not answer."""

@@ -15,8 +15,8 @@ from planner.profile import ModelProfile
 from planner.reasons import binding
 from planner.request import Candidate
 from planner.speed import Calibration, gpu_rates
-from proxy.launch import render
-from proxy.options import Delivery, device_names
+from proxy.launcher.launch import render
+from proxy.ollama.options import Delivery, device_names
 
 NOTHING: Mapping[str, Calibration] = MappingProxyType({})
 """No rates of any class."""

@@ -11,15 +11,15 @@ import httpx
 from planner.hardware import Rig
 from planner.plan import Plan, Planner, make_plan
 from planner.request import Era
-from proxy.catalog import Catalog, ModelFacts
+from proxy.config.rulefile import RuleFile
+from proxy.config.settings import Settings
 from proxy.errors import UpstreamError
-from proxy.gguf import is_embedding, read_header, read_profile
-from proxy.loading import plan_request
-from proxy.ollama import Ollama
-from proxy.options import Delivery, deliver, era_of, stock
-from proxy.ruledplans import OFF, Load, RuledPlans, in_context
-from proxy.rulefile import RuleFile
-from proxy.settings import Settings
+from proxy.models.catalog import Catalog, ModelFacts
+from proxy.models.gguf import is_embedding, read_header, read_profile
+from proxy.ollama.client import Ollama
+from proxy.ollama.options import Delivery, deliver, era_of, stock
+from proxy.plans.loading import plan_request
+from proxy.plans.ruled import OFF, Load, RuledPlans, in_context
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from planner.runnersup import RUNNERS_UP
 from planner.speed import Calibration
 from planner.units import GIB, MIB
 from proxy.doctor import Finding, Level
-from proxy.options import Delivery
+from proxy.ollama.options import Delivery
 
 if TYPE_CHECKING:  # the demo brings the server with it, which takes a second to import
     from proxy.demo import Outcome, Run, Summary
@@ -99,7 +99,7 @@ def _rates_table(rows: Iterable[tuple[str, str, int | None, tuple[float, float]]
 
 
 def calibration_report(found: Mapping[str, Any]) -> RenderableType:
-    """What ``lopsided calibrate`` found, as ``proxy.calibrate.report_json`` has it."""
+    """What ``lopsided calibrate`` found, as ``proxy.learning.calibrate.report_json`` has it."""
     right = ("context", "predicted", "decode", "prefill")
     trials = new_table("placement", *right, title=f"{found['model']}, tokens per second", right=right)
     for trial in found["trials"]:

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.responses import Response
 
-from proxy.launch import BODY_LIMIT_BYTES, answer, ask_for_devices, parse_launch
+from proxy.launcher.launch import BODY_LIMIT_BYTES, answer, ask_for_devices, parse_launch
 from tests.servers import free_port, serve
 
 ROOT = Path(__file__).parent.parent

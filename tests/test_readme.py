@@ -10,7 +10,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from proxy.cli import main
-from proxy.settings import Settings
+from proxy.config.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

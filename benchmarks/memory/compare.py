@@ -24,7 +24,7 @@ from measure import DATA, write_sparse  # noqa: E402  (both lie beside the packa
 
 from planner.stock import predict_server_vram  # noqa: E402
 from planner.units import MIB  # noqa: E402
-from proxy.gguf import read_header  # noqa: E402
+from proxy.models.gguf import read_header  # noqa: E402
 from tests.planner.measured import Difference, differences, profile_of  # noqa: E402
 
 Estimator = Callable[[str, int, int, str], float]

@@ -27,7 +27,7 @@ from random import Random
 from typing import Any
 
 from planner.profile import Scalar, Tensor
-from proxy.gguf import read_header
+from proxy.models.gguf import read_header
 
 DATA = Path(__file__).parents[2] / "tests" / "data"
 ALIGNMENT = 32

@@ -23,7 +23,7 @@ from planner.memory import estimate_memory
 from planner.placement import Placement
 from planner.profile import ModelProfile, Tensor, build_profile
 from planner.settings import LoadSettings
-from proxy.gguf import read_header
+from proxy.models.gguf import read_header
 
 LAYERS, DEVICES = 128, 8
 RUNS = 50

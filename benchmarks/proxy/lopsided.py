@@ -9,7 +9,7 @@ from unittest.mock import patch
 import httpx
 
 from proxy.cli import main
-from proxy.transport import UpstreamTransport
+from proxy.wire.transport import UpstreamTransport
 
 
 class Httpcore(httpx.AsyncHTTPTransport):
@@ -45,5 +45,5 @@ def aiohttp_transport() -> Any:
 if __name__ == "__main__":
     kind = sys.argv.pop(1)
     transport = {"own": lambda: UpstreamTransport, "httpcore": lambda: Httpcore, "aiohttp": aiohttp_transport}[kind]()
-    with patch("proxy.forward.UpstreamTransport", transport):
+    with patch("proxy.wire.forward.UpstreamTransport", transport):
         main(args=["serve"], prog_name="lopsided")

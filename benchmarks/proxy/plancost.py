@@ -11,11 +11,11 @@ import uvloop
 
 from benchmarks.proxy.contenders import CARDS, Contender, chat_body
 from proxy.app import create_app
-from proxy.asgi import Message
-from proxy.forward import ClientRequest
+from proxy.config.settings import load_settings
 from proxy.gpus.static import StaticSource
-from proxy.replies import Reply
-from proxy.settings import load_settings
+from proxy.wire.asgi import Message
+from proxy.wire.forward import ClientRequest
+from proxy.wire.replies import Reply
 
 REQUESTS = 500
 ROUNDS = 21

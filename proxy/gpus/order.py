@@ -40,7 +40,8 @@ def in_ollama_order(gpus: Sequence[Gpu], order: DeviceOrder) -> tuple[Gpu, ...]:
     """The visible ones of ``gpus``, index ``i`` being what Ollama calls device ``i``.
 
     First CUDA's own order: by PCI id, or the fastest card first and the rest by PCI id; where a card's PCI id is unknown, the
-    order given stands for that of the ids. Then ``visible`` picks from that, in its own order. Then ``names``, if given: the cards it names come first, as it names them, the others after them.
+    order given stands for that of the ids. Then ``visible`` picks from that, in its own order. Then ``names``, if given: the
+    cards it names come first, as it names them, the others after them.
     Raises ``GpuError`` where a name means no visible card, or a beginning of a UUID means several.
     """
     by_pci = list(gpus) if any(gpu.pci_id is None for gpu in gpus) else sorted(gpus, key=lambda gpu: str(gpu.pci_id))

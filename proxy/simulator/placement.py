@@ -25,7 +25,7 @@ from planner.stock import (
     stock_load,
 )
 from planner.units import GIB
-from proxy.gguf import is_embedding
+from proxy.models.gguf import is_embedding
 from proxy.simulator.options import DEFAULT_KEEP_ALIVE_S, RunnerOptions
 
 

@@ -20,9 +20,9 @@ import httpx
 import pytest
 
 from planner.units import MIB
-from proxy.gguf import read_profile
 from proxy.gpus.static import StaticSource
-from proxy.installation import install
+from proxy.launcher.installation import install
+from proxy.models.gguf import read_profile
 from proxy.simulator import Simulator, build_model, create_app
 from tests.engine.build import engine
 from tests.engine.ollama import EngineScheduler, Server, make_simulator

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.installation import CACHE, install
+from proxy.launcher.installation import CACHE, install
 from tests.engine.conftest import FAST, PARALLEL, SLOW, Chain, Worker, chain, end
 from tests.engine.ollama import Server
 from tests.servers import free_port

@@ -7,13 +7,20 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from proxy.catalog import full_name
-from proxy.endpoints import LOAD_PATHS, V1_PATHS, parse_load_request
 from proxy.errors import GgufError, ModelError
-from proxy.gguf import parse_header, profile_of
 from proxy.jsonedit import JsonError
-from proxy.launch import parse_launch
-from proxy.show import lacks_arrays, parse_modelfile, parse_parameters, profile_of_show, refuse_what_runs_elsewhere, text_of
+from proxy.launcher.launch import parse_launch
+from proxy.models.catalog import full_name
+from proxy.models.gguf import parse_header, profile_of
+from proxy.models.show import (
+    lacks_arrays,
+    parse_modelfile,
+    parse_parameters,
+    profile_of_show,
+    refuse_what_runs_elsewhere,
+    text_of,
+)
+from proxy.ollama.endpoints import LOAD_PATHS, V1_PATHS, parse_load_request
 
 PATHS = (*LOAD_PATHS, min(V1_PATHS))
 ADDED = {"main_gpu": 1, "tensor_split": "1,2"}

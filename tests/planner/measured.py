@@ -15,7 +15,7 @@ from planner.placement import Placement, contiguous, solo
 from planner.profile import ModelProfile
 from planner.settings import LoadSettings
 from planner.units import MIB
-from proxy.gguf import read_profile
+from proxy.models.gguf import read_profile
 
 DATA = Path(__file__).parents[1] / "data"
 SHARES = {"layer": (1, 1), "layer13": (1, 3), "layer31": (3, 1), "spill13": (1, 3), "spill31": (3, 1)}

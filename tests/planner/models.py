@@ -10,7 +10,7 @@ from planner.hardware import Gpu, Host, Rig
 from planner.profile import ModelProfile, Tensor, build_profile
 from planner.quantization import ggml_type
 from planner.units import GIB, MIB
-from proxy.gguf import read_profile
+from proxy.models.gguf import read_profile
 
 HEADERS = Path(__file__).parents[1] / "data" / "gguf"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from proxy.access import has_token, is_local_host, is_local_origin
 from proxy.gpus.static import StaticSource
 from proxy.simulator import Simulator, create_app, demo_models
+from proxy.wire.access import has_token, is_local_host, is_local_origin
 from tests.proxy.upstreams import proxy_before
 from tests.servers import serve
 

@@ -8,12 +8,12 @@ import threading
 import httpx
 import pytest
 
-from proxy import placement
 from proxy.address import parse_address
 from proxy.app import BODY_LIMIT_BYTES
-from proxy.forward import CONNECT_S, Forwarder
 from proxy.gpus.static import StaticSource
+from proxy.placing import placement
 from proxy.simulator import Simulator, create_app, demo_models
+from proxy.wire.forward import CONNECT_S, Forwarder
 from tests.proxy.planners import PAIR
 from tests.proxy.upstreams import proxy_before, upstream
 from tests.servers import serve

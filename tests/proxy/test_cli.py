@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 
 from proxy.cli import main
 from proxy.gpus.static import StaticSource
-from proxy.serve import OneLine
 from proxy.simulator import Simulator, create_app, demo_models
+from proxy.wire.serve import OneLine
 from tests.servers import free_port, serve
 
 GGUF = Path(__file__).parent.parent / "data" / "gguf"

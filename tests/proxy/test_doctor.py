@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from planner.hardware import Gpu, Rig
+from proxy.config.settings import Settings, load_settings
 from proxy.doctor import Sight, judge, look
 from proxy.errors import GpuError
 from proxy.gpus.order import DeviceOrder
 from proxy.gpus.static import StaticSource
-from proxy.installation import Installation
-from proxy.settings import Settings, load_settings
+from proxy.launcher.installation import Installation
 from tests.servers import free_port, serve
 
 PAIR = StaticSource.from_arguments(["RTX 5090", "RTX 3090"])

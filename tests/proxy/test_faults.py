@@ -18,8 +18,9 @@ import pytest
 
 from planner.placement import solo
 from planner.units import GIB
-from proxy import catalog, placement
 from proxy.gpus.static import StaticSource
+from proxy.models import catalog
+from proxy.placing import placement
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.simulator.placement import Environment
 from tests.proxy.planners import PAIR, planner_for

@@ -14,12 +14,12 @@ from planner.request import PlanRequest
 from planner.units import GIB
 from proxy.dashboard import PAGE, page
 from proxy.gpus.static import StaticSource
-from proxy.inforce import InForce
-from proxy.installation import Installation, State
-from proxy.ollama import Loaded
-from proxy.options import Delivery
+from proxy.launcher.installation import Installation, State
+from proxy.ollama.client import Loaded
+from proxy.ollama.options import Delivery
 from proxy.overview import Overview, launcher_json
-from proxy.running import Running
+from proxy.placing.inforce import InForce
+from proxy.placing.running import Running
 from tests.planner import models
 from tests.proxy.planners import make
 from tests.proxy.upstreams import proxy_before

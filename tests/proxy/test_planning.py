@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from planner.stock import DEFAULT_BATCH
+from proxy.config.settings import load_settings
 from proxy.planning import plan_for
-from proxy.settings import load_settings
 from tests.planner import models
 
 FAMILIES = Path(__file__).parents[1] / "data" / "gguf" / "families"

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from planner.placement import solo
-from proxy.endpoints import LOAD_PATHS
+from proxy.ollama.endpoints import LOAD_PATHS
 from tests.proxy import recordings
 from tests.proxy.planners import PAIR, planner_for
 from tests.proxy.upstreams import proxy_before, upstream

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.app import create_app
-from proxy.serve import uvicorn_options
-from proxy.settings import load_settings
+from proxy.config.settings import load_settings
+from proxy.wire.serve import uvicorn_options
 from tests.servers import serve
 
 

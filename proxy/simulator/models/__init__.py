@@ -8,7 +8,7 @@ from pathlib import Path
 
 from planner.profile import ModelProfile, Scalar, Tensor, build_profile
 from planner.quantization import ggml_type
-from proxy.gguf import read_profile
+from proxy.models.gguf import read_profile
 from proxy.simulator.store import Model, build_model
 
 HERE = Path(__file__).parent

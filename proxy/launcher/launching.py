@@ -1,0 +1,282 @@
+"""``POST /lopsided/launch``: which arguments a load gets that the launcher asks about.
+
+Whatever goes wrong ends in 204, which leaves Ollama's own arguments in force, and in one line of the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from planner.hardware import Gpu, Rig
+from planner.plan import Plan, Planner, make_plan
+from planner.profile import ModelProfile
+from proxy.config.rulefile import RuleFile
+from proxy.config.settings import Settings
+from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
+from proxy.launcher.launch import (
+    LaunchRequest,
+    answer,
+    ask_for_devices,
+    parse_launch,
+    plan_arguments,
+    plan_request,
+    render,
+    visible_devices,
+)
+from proxy.launcher.launches import MOST_CAREFUL, Launches
+from proxy.models.catalog import Catalog, ModelFacts
+from proxy.models.gguf import is_embedding, read_profile
+from proxy.ollama.client import Ollama
+from proxy.ollama.names import blob_name
+from proxy.plans.loading import plan_request as base_request
+from proxy.plans.ruled import Load, RuledPlans
+
+ANSWER_S = 1.5
+"""Longest wait for a plan; the launcher itself waits 1.8 s."""
+
+KEPT_S = 120.0
+"""Seconds for which a plan that came too late answers the next launch."""
+
+PLANS_KEPT = 16
+PROFILES_KEPT = 32
+
+LOOKS_S = (0.1,) * 50 + (0.5,)
+"""Seconds between two looks at ``/api/ps`` while a load is open, the last one for good: small models come and go quickly."""
+
+Arguments = tuple[str, ...] | None
+
+log = logging.getLogger("lopsided.launcher")
+
+
+class Launching:
+    """Answers the launcher.
+
+    ``rig`` reads the GPUs and raises ``GpuError``; ``injected`` has the options that lopsided itself put into the requests for a
+    blob, ``in_force`` the blobs of models that are taken to be loaded; ``clock`` is monotonic, in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        rig: Callable[[], Awaitable[Rig]],
+        catalog: Catalog,
+        ollama: Ollama,
+        settings: Settings,
+        launches: Launches,
+        injected: Callable[[str], Mapping[str, object]] = lambda blob: {},  # noqa: ARG005
+        rules: RuleFile | None = None,
+        planner: Planner = make_plan,
+        in_force: Callable[[], Collection[str]] = tuple,
+        clock: Callable[[], float] = time.monotonic,
+        answer_s: float = ANSWER_S,
+    ) -> None:
+        self._rig = rig
+        self._injected = injected
+        self._catalog = catalog
+        self._ollama = ollama
+        self._settings = settings
+        self._launches = launches
+        self._rules = rules or RuleFile(None)
+        self._plans_for = RuledPlans(catalog=catalog, rules=self._rules, settings=settings, planner=planner)
+        self._in_force = in_force
+        self._clock = clock
+        self._answer_s = answer_s
+        self._profiles: OrderedDict[tuple[str, int, int], ModelProfile] = OrderedDict()
+        self._plans: OrderedDict[object, tuple[asyncio.Task[Plan], float]] = OrderedDict()  # under way, or too late
+        self._watching: asyncio.Task[None] | None = None
+        self._looks = 0  # since the last launch
+
+    async def answer(self, body: bytes) -> tuple[int, bytes]:
+        """Status and body for what the launcher posted; never raises."""
+        try:
+            request = parse_launch(body)
+        except ModelError as error:
+            log.warning("a launch is left to Ollama: %s", error)
+            return answer(None)
+        reason = ""
+        try:
+            self._launches.asked(request.blob, spread=request.spread)
+            if request.gpu_layers is not None and request.gpu_layers == self._injected(request.blob).get("num_gpu"):
+                request = replace(request, gpu_layers=None)  # lopsided's own, from before the launcher was seen
+            if request.wish is None:
+                async with asyncio.timeout(self._answer_s):
+                    return await self._answer(request)
+            reason = request.wish
+        except TimeoutError:
+            reason = f"no plan within {self._answer_s:g} s; it is kept for the next launch"
+        except LopsidedError as error:
+            reason = str(error)
+        except Exception as error:
+            log.debug("a launch failed", exc_info=error)
+            reason = f"{type(error).__name__}: {error}"
+        log.warning("%s is left to Ollama: %s", request.blob[:19], reason)
+        return answer(None)
+
+    async def aclose(self) -> None:
+        """Ends what runs in the background."""
+        tasks = [task for task in (self._watching, *(task for task, _ in self._plans.values())) if task and not task.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer(self, request: LaunchRequest) -> tuple[int, bytes]:
+        try:
+            rig = await self._rig()
+        except GpuError:
+            rig = None
+        devices = visible_devices(request, rig)
+        if devices is None and request.devices is None:
+            return ask_for_devices()
+        devices = _allowed(request, devices or {})
+        if not devices:
+            raise GpuError("no GPU is visible to it")
+        blob, names = request.blob, tuple(devices)
+        context = request.settings.total_ctx
+        careful = self._launches.careful(blob, context)
+        machine = Rig(gpus=tuple(devices.values()), host=rig.host) if rig else Rig(gpus=tuple(devices.values()))
+        plan = await self._plan(request, names, machine, careful)
+        if self._rules.current().by_name and self._plans_for.rule(await self._name(blob)).off:
+            careful = MOST_CAREFUL
+        arguments = launch_arguments(plan, names, request, careful=careful)
+        given = (request.settings, arguments)
+        if careful == 1 and self._launches.has_failed(blob, given):
+            careful = self._launches.give_up(blob, given)
+            arguments = launch_arguments(plan, names, request, careful=careful)
+        taken = plan.chosen if careful < MOST_CAREFUL else plan.stock
+        if arguments or taken is plan.stock:
+            self._launches.place(blob, plan, taken)
+        if arguments:
+            self._launches.given(blob, (request.settings, arguments), context)
+            self._watch()
+        how = ("", ", with a wider margin", ", as stock would: its plans have failed")[careful]
+        log.info("%s: %s%s", plan.profile.name or blob[:19], " ".join(arguments or ("Ollama's own arguments",)), how)
+        return answer(arguments)
+
+    async def _plan(self, request: LaunchRequest, names: tuple[str, ...], rig: Rig, careful: int) -> Plan:
+        """The plan; one that takes too long goes on, and answers the same launch if it comes again."""
+        companions = (request.projector_path, request.adapter_paths)
+        key = (
+            request.blob,
+            companions,
+            request.settings,
+            tuple(zip(names, (gpu.uuid for gpu in rig.gpus), strict=True)),
+            careful,
+        )
+        task, since = self._plans.get(key, (None, 0.0))
+        if task is None or (task.done() and self._clock() - since > KEPT_S):
+            task = asyncio.create_task(self._make(request, rig, careful), name="plan a launch")
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._plans[key] = (task, self._clock())
+            while len(self._plans) > PLANS_KEPT:
+                self._plans.popitem(last=False)
+        try:
+            plan = await asyncio.shield(task)
+        except Exception:
+            self._plans.pop(key, None)
+            raise
+        self._plans.pop(key, None)  # in time: the next launch finds other free memory
+        return plan
+
+    async def _make(self, request: LaunchRequest, rig: Rig, careful: int) -> Plan:
+        facts = await self._facts(request)
+        base = base_request({}, facts, self._settings, "llama-server", careful=careful > 0)
+        options = {"num_ctx": request.settings.num_ctx}
+        load = Load(model=await self._name(request.blob), facts=facts, options=options, request=plan_request(request, base))
+        return await self._plans_for.on(load, rig, loaded=self._in_force(), by_options=not request.spread)
+
+    async def _name(self, blob: str) -> str:
+        """What the model is called, for the rules; where there are none, nobody is asked."""
+        if (name := self._launches.name(blob)) is not None or not self._rules.current().by_name:
+            return name or blob
+        try:
+            return (await self._catalog.facts_of_blob(blob)).profile.name
+        except LopsidedError:
+            return blob
+
+    async def _facts(self, request: LaunchRequest) -> ModelFacts:
+        """The model and what is loaded beside it: from the files where they can be read here, else as Ollama describes it."""
+        profile = await asyncio.to_thread(self._profile, request.model_path)
+        projector = await asyncio.to_thread(_sizes, (request.projector_path,) if request.projector_path else ())
+        adapters = await asyncio.to_thread(_sizes, request.adapter_paths)
+        if profile is None or projector is None or adapters is None:
+            return replace(await self._catalog.facts_of_blob(request.blob), defaults={})
+        return ModelFacts(
+            digest="",
+            blob=request.model_path,
+            profile=profile,
+            defaults={},
+            projector_bytes=projector,
+            adapter_bytes=adapters,
+            is_embedding=is_embedding(profile.metadata),
+        )
+
+    def _profile(self, path: str) -> ModelProfile | None:
+        """What the file says, ``None`` where it can't be read here. Raises ``LopsidedError`` where it is no model."""
+        try:
+            seen = Path(path).stat()
+        except (OSError, ValueError):
+            return None
+        if not stat.S_ISREG(seen.st_mode) or not os.access(path, os.R_OK):
+            return None
+        key = (path, seen.st_mtime_ns, seen.st_size)
+        profile = self._profiles.get(key)
+        if profile is None:
+            profile = self._profiles[key] = read_profile(path)
+            while len(self._profiles) > PROFILES_KEPT:
+                with suppress(KeyError):
+                    self._profiles.popitem(last=False)
+        return profile
+
+    def _watch(self) -> None:
+        """Looks at ``/api/ps`` until no load is open."""
+        self._looks = 0
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._look(), name="watch launches")
+
+    async def _look(self) -> None:
+        while self._launches.pending:
+            await asyncio.sleep(LOOKS_S[min(self._looks, len(LOOKS_S) - 1)])
+            self._looks += 1
+            with suppress(UpstreamError):
+                for entry in await self._ollama.loaded():
+                    with suppress(ModelError):
+                        facts = await self._catalog.facts(entry.name)
+                        self._launches.loaded(blob_name(facts.blob or facts.digest))
+
+
+def launch_arguments(plan: Plan, names: Sequence[str], request: LaunchRequest, *, careful: int) -> Arguments:
+    """What to append for ``plan``; for stock's own placement what Ollama would do without ``OLLAMA_SCHED_SPREAD``.
+
+    Stock on one GPU of several is said, since Ollama may have been told to spread; stock over several is what Ollama's own
+    arguments do.
+    """
+    if careful < MOST_CAREFUL and plan.chosen is not plan.stock:
+        return plan_arguments(plan, names, request.settings)
+    if plan.stock.placement.kind != "solo" or len(names) == 1:
+        return None
+    return render(plan.stock.placement, names, settings=request.settings, asked=request.settings, exact=False)
+
+
+def _allowed(request: LaunchRequest, devices: dict[str, Gpu]) -> dict[str, Gpu]:
+    """The visible devices less those that ``--split-mode none --main-gpu N`` rules out."""
+    if request.main_gpu is None:
+        return devices
+    return dict(islice(devices.items(), max(request.main_gpu, 0), max(request.main_gpu, 0) + 1))
+
+
+def _sizes(paths: Sequence[str]) -> int | None:
+    """Bytes of the files together, ``None`` where one can't be seen here."""
+    try:
+        return sum(Path(path).stat().st_size for path in paths)
+    except (OSError, ValueError):
+        return None

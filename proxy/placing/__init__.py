@@ -1,0 +1,1 @@
+"""Which placement each request gets, and for how long."""

@@ -1,0 +1,135 @@
+"""Which memory a load will find: what is free, what Ollama frees for it, and what is to be left for others.
+
+With other models loaded, Ollama evicts idle ones, the shortest keep-alive first, while a model is predicted to take more than
+80 % of what is free where it goes (``server/sched.go``). Everything here is a function of its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from planner.hardware import Rig, gpu_names
+from planner.plan import Plan
+from planner.profile import ModelProfile
+from planner.request import Candidate, PlanRequest
+from planner.search import Search
+from planner.speed import gpu_rates
+from planner.units import GIB
+from proxy.config.rules import Rule, find_gpus
+from proxy.models.catalog import ModelFacts
+from proxy.plans.loading import freed, makes_room
+
+SMALL_PERCENT = 25
+"""An embedding model that takes no more of the slowest card's memory is small: it goes there."""
+
+SLOWER = 0.9
+"""A card that decodes at less than this part of the fastest one's rate is a slow one, a pure number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """A loaded model. ``held_bytes`` is what it holds on each GPU, ``None`` where that is not known.
+
+    ``stays``: nobody should count on Ollama to evict it; it is busy, pinned, more important, or to be kept together with the one
+    that loads.
+    """
+
+    vram_bytes: int
+    held_bytes: tuple[int, ...] | None
+    stays: bool = False
+
+
+def rig_for(rig: Rig, *, own: Held | None, others: Iterable[Held], evicted: bool, live: bool) -> Rig:
+    """``rig`` as a load finds it: without ``own``, the same model loaded before, and without those that Ollama evicts.
+
+    ``live``: ``rig`` tells what is free now, all models included; else what is free without any.
+    """
+    gone = [held for held in others if evicted and not held.stays]
+    if live:
+        for held in ([own] if own else []) + gone:
+            rig = freed(rig, held.vram_bytes, held.held_bytes)
+        return rig
+    for held in others:
+        if held not in gone:
+            rig = taken(rig, held.vram_bytes, held.held_bytes)
+    return rig
+
+
+def taken(rig: Rig, vram_bytes: int, held: Sequence[int] | None) -> Rig:
+    """``rig`` with a model of ``vram_bytes`` loaded; where ``held`` does not say it, in proportion to what is free."""
+    if held is None or len(held) != len(rig.gpus):
+        free = sum(gpu.free_bytes for gpu in rig.gpus)
+        held = [vram_bytes * gpu.free_bytes // max(free, 1) for gpu in rig.gpus]
+    gpus = (replace(gpu, free_bytes=max(gpu.free_bytes - bytes_, 0)) for gpu, bytes_ in zip(rig.gpus, held, strict=True))
+    return replace(rig, gpus=tuple(gpus))
+
+
+def evicts(plan: Plan, candidate: Candidate | None) -> bool:
+    """Whether Ollama evicts idle models for ``plan``: it looks at the GPU of ``candidate`` where that is one, else at all."""
+    gpus = candidate.placement.order if candidate and candidate.placement.kind == "solo" and not plan.request.spread else None
+    return makes_room(plan.profile, plan.rig, plan.request, gpus)
+
+
+def beside_others(plan: Plan) -> int | None:
+    """The GPU of the fastest placement on one GPU for which Ollama evicts nobody; ``None`` where there is none."""
+    alone = (found for found in (plan.stock, *plan.alternatives) if found.placement.kind == "solo" and found.fits)
+    ranked = sorted(alone, key=lambda found: -found.decode_tokens_per_s)
+    return next((found.placement.order[0] for found in ranked if not evicts(plan, found)), None)
+
+
+def ruled(request: PlanRequest, rig: Rig, rule: Rule, facts: ModelFacts) -> PlanRequest:
+    """``request`` with what ``rule`` says of ``rig``, and a small embedding model on the slow card.
+
+    GPUs that are not there count as not named: the file may be shared by several machines, and :func:`doubts` tells. Of several
+    that one name means, each has its reserve, and ``gpu`` is the first.
+    """
+    reserves = [0] * len(rig.gpus)
+    for name, size_bytes in rule.reserve:
+        for gpu in find_gpus(rig.gpus, name):
+            reserves[gpu] = size_bytes
+    if any(reserves):
+        request = replace(request, reserve_bytes=tuple(reserves))
+    if rule.boost is not None:
+        request = replace(request, boost=None if rule.boost == "auto" else rule.boost)
+    if rule.gpu is not None and (named := find_gpus(rig.gpus, rule.gpu)):
+        return replace(request, gpu=named[0], gpu_reason="a rule of lopsided.toml says so")
+    if facts.is_embedding and rule.gpu is None and (slow := slow_gpu(facts.profile, rig, request)) is not None:
+        return replace(request, gpu=slow, gpu_reason="a small embedding model leaves the fast card to others")
+    return request
+
+
+def said_by(rule: Rule) -> str | None:
+    """What ``rule`` says, each with the section of the file that says it, in words; ``None`` where it says nothing."""
+    by, said = dict(rule.by), []
+    for key, value in rule.values().items():
+        text = f"{value / GIB:.1f} GiB" if key.startswith("reserve ") else value
+        said.append(f"{key} = {text}" + (f' ([models."{by[key]}"])' if key in by else ""))
+    return f"lopsided.toml: {', '.join(said)}" if said else None
+
+
+def doubts(rules: Iterable[Rule], rig: Rig) -> Iterator[str]:
+    """What the GPUs that ``rules`` name leave to be said: ones that are not there, several of a name, reserves of whole cards."""
+    named = dict.fromkeys(rule.gpu for rule in rules if rule.gpu is not None)
+    reserves = dict(reserve for rule in rules for reserve in rule.reserve)
+    for name in named | dict.fromkeys(reserves):
+        if not (found := find_gpus(rig.gpus, name)):
+            yield f"a rule names the GPU {name!r}, which is not here: it counts as not said"
+        elif name in named and len(found) > 1:
+            yield f"gpu = {name!r} means {len(found)} GPUs here: {rig.gpus[found[0]].uuid} is taken"
+        yield from (
+            f"the reserve leaves nothing of {gpu_names(rig.gpus)[gpu]}: nothing is placed there"
+            for gpu in found
+            if reserves.get(name, 0) >= rig.gpus[gpu].total_bytes
+        )
+
+
+def slow_gpu(profile: ModelProfile, rig: Rig, request: PlanRequest) -> int | None:
+    """Where a small embedding model pushes nobody out: the slowest card; ``None`` where cards are alike or it is not small."""
+    rates = [gpu_rates(gpu, request.calibration).decode_bytes_per_s for gpu in rig.gpus]
+    if not rates or min(rates) > SLOWER * max(rates):
+        return None
+    slowest = min(range(len(rates)), key=lambda gpu: (rates[gpu], -gpu))
+    search = Search(profile, rig, request)
+    small = search.alone(slowest).memory.devices[slowest].total_bytes * 100 <= SMALL_PERCENT * rig.gpus[slowest].total_bytes
+    return slowest if small else None
