@@ -3,10 +3,11 @@
     python -m benchmarks.gpu.bench --ollama /usr/local/bin/ollama --models DIR --out rows.jsonl --hold 126
 
 ``--models`` is a folder with the GGUF files that ``cases.toml`` names; those of ``benchmarks.gpu.models`` are made there.
-``--hold`` keeps so many SMs of the second GPU busy in each llama-server, and each case's ``free_mib`` is brought about by
-filling the rest: both take nvcc. ``--as-is`` leaves the GPUs as they are. ``--cards 0.42`` needs one GPU alone: it makes two
-cards of it (``cards.cpp``), the second with that part of its speed, each with the case's memory. Cases that are ``equal`` show
-what becomes of two equal cards: they run without any of that, and not at all where nothing makes the cards unequal.
+``--hold`` keeps so many SMs of the second GPU busy in each llama-server (``auto``: as many as the case's model takes), and each
+case's ``free_mib`` is brought about by filling the rest: both take nvcc. ``--as-is`` leaves the GPUs as they are. With
+``--cards 0.42`` one GPU alone stands for two cards (``cards.cpp``), the second with that part of its speed, each with the case's
+memory. Cases that are ``equal`` show what becomes of two equal cards: they run without any of that, and not at all where nothing
+makes the cards unequal.
 
 What is most telling runs first: each GPU alone, then every case's stock, automatic plan and sweep, equal cards, and the boost
 algorithm's layouts at last. What stands in ``--out`` is not run again; the rows are read by ``python -m benchmarks.gpu.report``.
@@ -52,7 +53,7 @@ STILL_S = 2.0
 """How long the GPUs must have been at rest before a case begins. After a model is unloaded, Ollama opens them a few times more,
 for about a second each, to see that its memory is free again."""
 SHARES = (0.38, 0.44)
-"""What ``--hold auto`` leaves of the second GPU: a model's smaller siblings keep a little more, by their constant costs."""
+"""What ``--hold auto`` leaves of the second GPU's decode rate, for each model anew: a hold slows small and sparse ones more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,8 @@ class Bench:
     server: Path
     cases: dict[str, dict[str, Any]]
     done: set[tuple[str, str]]
+    held: dict[str, int] = field(default_factory=dict)
+    """SMs to hold for each model, as far as it was tried."""
     resting: list[float] = field(default_factory=used_mib)
     """MiB in use on each GPU before anything of this run's is."""
     idle: list[float] = field(default_factory=list)
@@ -91,6 +94,14 @@ class Bench:
         (part := self.work / "hold.part").write_text(f"{sms}\n")
         part.replace(self.work / "hold.txt")
 
+    def sms(self, model: str) -> int:
+        """How many SMs to hold for ``model``."""
+        if self.args.hold != "auto":
+            return int(self.args.hold)
+        if model not in self.held:
+            self.held[model] = tuned(self, model)
+        return self.held[model]
+
     @property
     def pci(self) -> tuple[str, ...]:
         """The GPUs' PCI ids, as llama-server prints them."""
@@ -99,7 +110,7 @@ class Bench:
     def add(self, case: str, way: str, row: dict[str, Any]) -> None:
         """Appends a row and says it in a line."""
         row = {"case": case, "way": way, "model": self.cases[case]["model"], "num_ctx": self.cases[case]["num_ctx"]} | row
-        row["held_sms"] = 0 if self.cases[case].get("equal") else int(self.args.hold)
+        row["held_sms"] = 0 if self.cases[case].get("equal") else self.sms(row["model"])
         if self.args.cards:  # what NVML says is of both together
             row["cards"] = self.args.cards
             row = {key: value for key, value in row.items() if not key.startswith(("used_mib", "free_mib"))}
@@ -125,8 +136,8 @@ def filled(bench: Bench, case: dict[str, Any]) -> Iterator[None]:
         cards_profile(bench.work / "profile.toml", free, share)
         yield
         return
-    if bench.args.hold != "0":
-        bench.hold(0 if equal else int(bench.args.hold))
+    if bench.args.hold != "0" and "model" in case:
+        bench.hold(0 if equal else bench.sms(case["model"]))
     if used_mib():
         settled_mib(bench.resting, still_s=STILL_S)
     if bench.args.as_is or not used_mib():
@@ -168,6 +179,7 @@ def sweep(bench: Bench, name: str) -> None:
             continue
         arguments = ["-c", str(case["num_ctx"]), "-b", str(batch), "-ub", str(batch), "-np", "1", "--flash-attn", "auto"]
         arguments += split_arguments(split, bench.args.device)
+        arguments += ["-t", str(case["threads"])] if "threads" in case else []
         bench.add(
             name,
             way,
@@ -185,9 +197,9 @@ def sweep(bench: Bench, name: str) -> None:
         )
 
 
-def ask(url: str, model: str, num_ctx: int, prompt: str, tokens: int) -> dict[str, Any]:
+def ask(url: str, model: str, num_ctx: int, prompt: str, tokens: int, threads: int | None = None) -> dict[str, Any]:
     """One answer of ``/api/generate``, whole."""
-    options = {**SAMPLING, "num_ctx": num_ctx, "num_predict": tokens}
+    options = {**SAMPLING, "num_ctx": num_ctx, "num_predict": tokens, **({"num_thread": threads} if threads else {})}
     return post(
         f"{url}/api/generate",
         {"model": model, "prompt": prompt, "raw": True, "stream": False, "keep_alive": "10m", "options": options},
@@ -196,7 +208,7 @@ def ask(url: str, model: str, num_ctx: int, prompt: str, tokens: int) -> dict[st
 
 def through_ollama(url: str, case: dict[str, Any], log: Path, bench: Bench) -> dict[str, Any]:
     """Loads the case's model through ``url`` and measures it; ``log`` is that Ollama's."""
-    model, num_ctx = case["model"], case["num_ctx"]
+    model, num_ctx, threads = case["model"], case["num_ctx"], case.get("threads")
     answer_tokens = case.get("answer_tokens", ANSWER_TOKENS)
     row: dict[str, Any] = {}
     begin = log.stat().st_size
@@ -205,11 +217,11 @@ def through_ollama(url: str, case: dict[str, Any], log: Path, bench: Bench) -> d
         if "first" in case:
             ask(url, case["first"], case["first_num_ctx"], "one two", 4)
         before, begin = used_mib(), log.stat().st_size
-        row["load_s"] = ask(url, model, num_ctx, "one two", 4)["load_duration"] / 1e9
+        row["load_s"] = ask(url, model, num_ctx, "one two", 4, threads)["load_duration"] / 1e9
         answers = []
         for run in range(RUNS):
             prompt = " ".join(f"{chr(97 + (run + i) % 26)}{chr(97 + i // 26 % 26)}" for i in range(PROMPT_WORDS))
-            answers.append(ask(url, model, num_ctx, prompt, answer_tokens))
+            answers.append(ask(url, model, num_ctx, prompt, answer_tokens, threads))
             if (written := answers[-1].get("eval_count", 0)) < answer_tokens / 2:
                 raise RuntimeError(f"an answer of {written} tokens, {answers[-1].get('done_reason') or 'not done'}")
         row["decode_runs"] = [a["eval_count"] / a["eval_duration"] * 1e9 for a in answers]
@@ -341,6 +353,8 @@ def calibrate(bench: Bench) -> None:
     for model in bench.args.calibrate:
         if (done := bench.work / f"calibrated-{model}.json").exists():
             continue
+        if bench.args.hold != "0":
+            bench.hold(bench.sms(model))
         command = lopsided(["calibrate", model, "--json"])
         with (bench.work / "calibrate.log").open("ab") as log:
             result = subprocess.run(command, env=lopsided_environment(bench), stdout=subprocess.PIPE, stderr=log)
@@ -366,12 +380,11 @@ def build_tools(work: Path) -> None:
             subprocess.run(["nvcc", "-O2", "-arch=native", *more, "-o", str(work / name), str(source)], check=True)
 
 
-def tuned(bench: Bench) -> int:
-    """How many SMs to hold so that the second GPU decodes at ``SHARES`` of its own rate, by trying on the first case's model."""
-    case = next(iter(bench.cases.values()))
+def tuned(bench: Bench, name: str) -> int:
+    """How many SMs to hold so that the second GPU decodes the model ``name`` at ``SHARES`` of its own rate, by trying."""
     arguments = ["-c", "4096", "-b", "512", "-ub", "512", "-np", "1", "-ngl", "999", "--fit", "off", "--split-mode", "none"]
     arguments += ["--main-gpu", "0", "--device", f"{bench.args.device}1"]
-    model, rates = str(bench.models / f"{case['model']}.gguf"), {}
+    model, rates = str(bench.models / f"{name}.gguf"), {}
     bench.hold(0)
     with running(str(bench.server), model, arguments, environment=bench.server_environment, log_path=bench.work / "hold.log") as (
         port,
@@ -394,7 +407,7 @@ def tuned(bench: Bench) -> int:
                 rates[sms] = rate(sms) / free
             except OSError:
                 rates[sms] = 0.0
-            print(f"{sms} SMs held: {rates[sms]:.2f} of the GPU's decode rate of {free:.1f} tokens/s", flush=True)
+            print(f"{name}, {sms} SMs held: {rates[sms]:.2f} of the GPU's decode rate of {free:.1f} tokens/s", flush=True)
             if SHARES[0] <= rates[sms] <= SHARES[1]:
                 break
             low, high = (sms, high) if rates[sms] > SHARES[1] else (low, sms)
@@ -510,10 +523,8 @@ def main() -> int:
         server=args.ollama.resolve().parent.parent / "lib/ollama/llama-server",
         cases=cases,
         done={(row["case"], row["way"]) for row in rows},
+        held={row["model"]: row["held_sms"] for row in rows if row["held_sms"]},
     )
-    if args.hold == "auto":
-        held = next((row["held_sms"] for row in rows if row["held_sms"]), None)
-        args.hold = str(held or tuned(bench))
     run(bench)
     return 0
 
