@@ -22,7 +22,7 @@ from planner.stock import DEFAULT_BATCH, StockLoad, libraries, on_rig, settings_
 class Plan:
     """The answer. ``chosen is stock`` means that nothing is better and the request passes unchanged.
 
-    * ``chosen``: the best of all, which takes the launcher to deliver. ``chosen_by_options``: the best that request options can
+    * ``chosen``: the best of all, which needs the launcher to deliver. ``chosen_by_options``: the best that request options can
       deliver: ``stock``, a GPU alone (``main_gpu``), or every layer on the GPUs (``num_gpu``); ``is stock`` as above.
     * ``stock``: what Ollama of ``request.era`` does; ``stock_by_era``: both eras.
     * ``reverted``: why stock is taken although something was predicted to be faster; empty where nothing was taken back.

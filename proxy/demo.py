@@ -105,7 +105,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """Stock and lopsided on one case. ``planned`` is set where it takes the launcher (Ollama 0.30 or newer) to deliver the plan:
+    """Stock and lopsided on one case. ``planned`` is set where it needs the launcher (Ollama 0.30 or newer) to deliver the plan:
     that is not simulated, but as fast as the simulated cards would run it.
     """
 

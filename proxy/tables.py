@@ -202,7 +202,7 @@ def doctor_report(findings: Iterable[Finding]) -> RenderableType:
 def demo_report(
     outcomes: Sequence[Outcome], names: Sequence[str], summaries: Sequence[Summary], *, ollama: str
 ) -> RenderableType:
-    """Stock beside lopsided on one pair, what takes the launcher under it, and what all machines come to."""
+    """Stock beside lopsided on one pair, what needs the launcher under it, and what all machines come to."""
     right = ("context", "tok/s", "tok/s ", "gain")
     columns = ("model", "context", "stock Ollama", "tok/s", "lopsided", "tok/s ", "gain", "")
     table = new_table(*columns, title=f"SIMULATED: {' + '.join(names)}, {ollama}", right=right)

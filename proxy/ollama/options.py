@@ -112,7 +112,7 @@ def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
     if tensor_split and _tensor_split_says(plan.chosen.placement):
         shares = ",".join(str(share) for share in plan.chosen.placement.shares)
         return _delivery(f"{label}; {how}; by tensor_split, which stock Ollama ignores", {"tensor_split": shares})
-    return stock(f"{how}; {label} takes the launcher", without=MAIN_GPU)
+    return stock(f"{how}; {label} needs the launcher", without=MAIN_GPU)
 
 
 def _tensor_split_says(placement: Placement) -> bool:

@@ -259,7 +259,7 @@ def test_commands_at_the_same_time_never_lose_the_original(library):
 
 
 def test_a_command_waits_for_the_one_before(library, monkeypatch):
-    # the second looks at the folder only once the first is through, so it never takes the launcher for the original
+    # the second looks at the folder only once the first is through, so it never needs the launcher for the original
     ends, inspected = [], threading.Event()
     look = installation.inspect
 

@@ -70,14 +70,14 @@ def test_a_split_goes_out_as_tensor_split_alone_unless_that_is_off():
         "split CUDA0=7,CUDA1=4; auto; by tensor_split, which stock Ollama ignores",
         {"tensor_split": "7,4"},
     )
-    assert told(PARTIAL, FAST) == ("stock; auto; partial CUDA0=4,CUDA1=4 takes the launcher", {})
+    assert told(PARTIAL, FAST) == ("stock; auto; partial CUDA0=4,CUDA1=4 needs the launcher", {})
     text, options = told(ASCENDING, FAST, tensor_split=False)
-    assert (text, options) == ("stock; auto; split CUDA0=7,CUDA1=4 takes the launcher", {})
+    assert (text, options) == ("stock; auto; split CUDA0=7,CUDA1=4 needs the launcher", {})
 
 
 def test_shares_by_index_would_put_the_output_layer_of_another_order_on_the_wrong_card():
     # shows: the plan has its lowest layers on CUDA1 and the output layer on CUDA0, a fork would do the reverse
-    assert told(SPLIT, FAST) == ("stock; auto; split CUDA0=8,CUDA1=3 takes the launcher", {})
+    assert told(SPLIT, FAST) == ("stock; auto; split CUDA0=8,CUDA1=3 needs the launcher", {})
 
 
 def test_the_older_era_knows_num_gpu_alone():
