@@ -8,6 +8,7 @@ from typing import get_args
 
 from planner.choice import choose, ranked
 from planner.costs import layer_costs
+from planner.cuts import EXACT_GPUS
 from planner.hardware import Rig, gpu_names
 from planner.layout import create_layout
 from planner.placement import on_cpu
@@ -118,9 +119,9 @@ def _without(stock: Candidate, candidates: Sequence[Candidate]) -> Iterator[Cand
 def _splits(search: Search, load: StockLoad, solos: Sequence[Candidate]) -> Iterator[Candidate]:
     """The splits of each library's GPUs, the boost algorithm's layouts, and everything in RAM.
 
-    Layers or experts are left in RAM only where neither a GPU nor all of them hold everything. Where they are not, Ollama's
-    smallest batch is looked at too: its compute buffers leave room for layers, and short micro-batches overlap. (Weights in RAM
-    would be copied for each of them.)
+    Layers or experts are left in RAM where no GPUs hold everything, or, of up to ``EXACT_GPUS``, none that outrun RAM. Where they
+    are not, Ollama's smallest batch is looked at too: its compute buffers leave room for layers, and short micro-batches overlap.
+    (Weights in RAM would be copied for each of them.)
     """
     for gpus in libraries(search.rig):
         settings = settings_on(search.profile, search.rig, search.request, gpus)
@@ -131,7 +132,9 @@ def _splits(search: Search, load: StockLoad, solos: Sequence[Candidate]) -> Iter
             batches.append(replace(settings, batch=DEFAULT_BATCH, ubatch=DEFAULT_BATCH))
         full = [split for batch in batches for split in search.splits(gpus, batch, full=True)]
         yield from full
-        if not full and not any(search.holds(solo) for solo in solos):
+        whole = (*full, *(solo for solo in solos if search.holds(solo)))
+        outrun = any(all(search.outruns_ram(gpu, settings) for gpu in found.placement.order) for found in whole)
+        if not whole or (not outrun and len(gpus) <= EXACT_GPUS):
             yield from search.splits(gpus, settings, full=False)
         if len(gpus) > 1:
             yield from search.boosted(gpus, settings)

@@ -145,6 +145,14 @@ class Search:
         in_ram = candidate.placement.kind in ("partial", "cpu")
         return candidate.fits and not (in_ram and free is not None and candidate.memory.host.total_bytes > free)
 
+    def outruns_ram(self, gpu: int, settings: LoadSettings) -> bool:
+        """Whether every layer decodes on ``gpu`` at least as fast as in the host's RAM. An old card beside fast RAM does not."""
+        reads, rates, host = self.work(settings).layer_bytes, self.rates[gpu], self.host
+        return all(
+            read / rates.decode_bytes_per_s + rates.layer_s <= read / host.decode_bytes_per_s + host.layer_s
+            for read in (min(reads), max(reads))
+        )
+
     def best_split(
         self, gpus: Sequence[int], settings: LoadSettings, *, partial: bool = False, cpu_experts: int = 0
     ) -> Candidate | None:

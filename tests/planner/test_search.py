@@ -149,8 +149,21 @@ def test_cards_that_are_each_the_faster_one_for_some_layers_share_them_so() -> N
     _compare(profile, rig, request)
 
 
+def test_a_card_slower_than_ram_gets_no_layers_that_ram_holds_too() -> None:
+    """Both cards hold everything, and yet the slow one made the plan slower than it would be without that card."""
+    profile = models.small(n_layers=12, ffn=(4096,), vocabulary=2048)
+    rig = models.rig(models.gpu("fast", 66, gb_per_s=1800), models.gpu("slow", 4000, gb_per_s=9))
+    chosen, alone = (make_plan(profile, machine, REQUEST).chosen for machine in (rig, models.rig(rig.gpus[0])))
+    assert chosen.placement.cpu_layers
+    assert chosen.placement.order == (0,)
+    assert chosen.decode_tokens_per_s == pytest.approx(alone.decode_tokens_per_s)
+
+
 def _compare(profile: ModelProfile, rig: Rig, request: PlanRequest) -> None:
-    expected = brute_force(profile, rig, request, partial=False) or brute_force(profile, rig, request, partial=True)
+    search = Search(profile, rig, request)
+    outrun = all(search.outruns_ram(gpu, SETTINGS) for gpu in range(len(rig.gpus)))
+    full = brute_force(profile, rig, request, partial=False) if outrun else None
+    expected = full or brute_force(profile, rig, request, partial=True)
     plan = make_plan(profile, rig, request)
     found = [
         c
