@@ -30,6 +30,7 @@ class ComputeModel:
         scale = scale_of(profile, settings, falls=falls)
         self._cells = cells_of(profile, settings, scale)
         self._schedules = schedules_of(profile, scale)
+        self._n_layers = profile.n_computed_layers
         self._steps: dict[Program, tuple[Step, ...]] = {}
         self._transitions: dict[tuple[Program, Moment], tuple[Moment, int]] = {}
         self._known: dict[Schedule, int] = {}
@@ -47,7 +48,7 @@ class ComputeModel:
         schedules = self._schedules
         inputs = sum(self._size(schedules.sizes[name]) for name in schedules.host_inputs)
         handed = max((self._size(schedules.handed(i, visitors.stop)) for i in visitors), default=0)
-        attended = [(result, self._size(copied)) for result, copied in schedules.on_host(visitors.stop)]
+        attended = [(result, self._size(copied)) for result, copied in schedules.on_host(range(visitors.stop, self._n_layers))]
         if copies > 1:
             inputs += sum(copied for _, copied in attended)
             handed = max((handed, *(result for result, _ in attended)))

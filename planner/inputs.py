@@ -117,6 +117,12 @@ FLASH_ATTENTION_TYPES = frozenset({"F16", "BF16", "Q8_0", "Q4_0"})
 (``ggml_cuda_fattn_kv_type_supported``)."""
 
 
+def _caps_scores(profile: ModelProfile) -> bool:
+    """Whether llama.cpp switches fused attention off: for Grok, whose scores are capped, and for what may be another such one."""
+    capped = f"{profile.architecture}.attn_logit_softcapping" in profile.metadata
+    return profile.architecture == "grok" or (capped and family_of(profile.architecture) is None)
+
+
 def attention_of(profile: ModelProfile, keys: GgmlType, values: GgmlType, *, wanted: bool) -> Attention:
     """What becomes of attention under ``--flash-attn auto``, as Ollama passes it (``off`` where it is not ``wanted``).
 
@@ -124,7 +130,7 @@ def attention_of(profile: ModelProfile, keys: GgmlType, values: GgmlType, *, wan
     CPU then, to which keys and values are copied (``llama_init_from_model`` and ``resolve_fused_ops``,
     ``src/llama-context.cpp``).
     """
-    if not wanted:
+    if not wanted or (values.block_size == 1 and _caps_scores(profile)):
         return "plain"
     heads = max(profile.integer("attention.head_count"), 1)
     head = profile.embedding_length // heads

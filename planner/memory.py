@@ -9,14 +9,16 @@ from itertools import accumulate
 from planner.cache import cache_bytes
 from planner.compute import PIPELINE_COPIES, compute_model
 from planner.families import family_of
+from planner.inputs import F32
 from planner.placement import Placement
 from planner.profile import ModelProfile
 from planner.schedule import DevicePart
 from planner.settings import LoadSettings
 
 UNKNOWN_COMPUTE_FACTOR = 2
-"""How much larger than that of known parts the compute buffer of an unknown architecture is taken to be: no known family's is
-twice what its tensors alone suggest (held by ``tests/planner/test_memory.py``)."""
+UNKNOWN_SPILLED_FACTOR = 3
+"""How much larger than those of known parts the compute buffers of an unknown architecture are taken to be, with all layers on
+GPUs and with some in RAM: no known family's are so much larger than its tensors suggest (``tests/planner/test_memory.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +61,7 @@ def estimate_memory(
     it.
     """
     unknown = family_of(profile.architecture) is None
-    factor = UNKNOWN_COMPUTE_FACTOR if unknown else 1
+    factor = (UNKNOWN_SPILLED_FACTOR if placement.cpu_layers else UNKNOWN_COMPUTE_FACTOR) if unknown else 1
     projector_gpu = min(placement.order, default=None)
     cpu_experts = frozenset(i for i in placement.cpu_experts if profile.layers[i].expert_bytes)  # others have nothing to move
     weights = profile.weights_before
@@ -71,6 +73,7 @@ def estimate_memory(
     )
     copies = PIPELINE_COPIES if pipelined else 1
     dry = settings.outputs is None or not pipelined
+    embedding_logits = _logits_of_embedding(profile, settings, copies) if unknown else 0
     devices = [DeviceMemory()] * len(placement.layers)
     for place, (gpu, run) in enumerate(placement.ranges()):
         output = gpu == placement.output_gpu
@@ -92,7 +95,8 @@ def estimate_memory(
             + (profile.output_bytes if output else 0)
             + (projector_bytes if gpu == projector_gpu else 0),
             kv_bytes=caches[run.stop] - caches[run.start],
-            compute_bytes=factor * compute.device_bytes(part),
+            compute_bytes=factor * compute.device_bytes(part)
+            + (0 if place or (output and profile.tied_bytes) else embedding_logits),
             runtime_bytes=runtime_bytes[gpu] if runtime_bytes else 0,
         )
     host = DeviceMemory(
@@ -105,3 +109,14 @@ def estimate_memory(
         compute_bytes=factor * compute.host_bytes(visitors=visitors, copies=copies),
     )
     return MemoryEstimate(devices=tuple(devices), host=host, upper_bound=unknown)
+
+
+def _logits_of_embedding(profile: ModelProfile, settings: LoadSettings, copies: int) -> int:
+    """Bytes that the first GPU needs if it makes the logits with the embedding in RAM (``src/models/bitnet.cpp``).
+
+    0 where a model has an output matrix of its own.
+    """
+    embedding = profile.model_tensors.get("token_embd.weight")
+    if embedding is None or "output.weight" in profile.model_tensors:
+        return 0
+    return copies * embedding.bytes + settings.ubatch * profile.vocab_size * F32

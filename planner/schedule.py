@@ -52,6 +52,7 @@ from planner.traits import (
     fetches_early,
     is_mamba,
     next_early,
+    scans_on_gpu,
 )
 
 PRE_NORMS = frozenset({"attn_norm.weight", "ln1.weight"})
@@ -353,30 +354,37 @@ class Schedules:
         return [self.sizes[name] for names in self._borrowed(part).values() for name in names] if part.copies > 1 else []
 
     def _answers(self, part: DevicePart) -> list[Size]:
-        """What attention on the CPU returns; without a pipeline that is only there when it is needed."""
-        if self._scale.attention != "host" or part.copies == 1:
-            return []
-        return [(self._attended_bytes(i), STEADY) for i in part.layers if i < self._n and self._caches[i].attends]
+        """What attention and scans on the CPU return; without a pipeline that is only there when it is needed."""
+        return [(result, STEADY) for result, _ in self.on_host(part.layers)] if part.copies > 1 else []
 
     def _attended_bytes(self, i: int) -> int:
         """Bytes of attention's result in a layer."""
         _, features = attention_features(self._profile, self._caches[i], i)
         return align(features * self._scale.tokens * F32)
 
-    def on_host(self, start: int) -> list[tuple[int, Size]]:
-        """What attention on the CPU takes there, for each layer from ``start`` on: its result; its queries, keys and values.
+    def on_host(self, layers: range) -> list[tuple[int, Size]]:
+        """What these layers of a GPU leave to the CPU: bytes of the result there, and of all that is copied there for it.
 
-        Empty where attention runs on the GPUs.
+        Attention that CUDA cannot fuse, with its queries, keys and values; a Mamba layer's scan that CUDA has no kernel for, with
+        its states.
         """
         scale, found = self._scale, []
-        for i in range(start, self._n) if scale.attention == "host" else ():
-            if (cache := self._caches[i]).attends:
+        for i in range(layers.start, min(layers.stop, self._n)):
+            cache = self._caches[i]
+            if cache.attends and scale.attention == "host":
                 row = scale.keys.row_bytes(cache.key_elements)
                 row += scale.values.row_bytes(cache.value_elements) if cache.value_elements else row
                 growth = row * scale.sequences
                 queries, _ = attention_features(self._profile, cache, i)
                 copied = queries * scale.tokens * F32, ((0, growth) if cache.windowed else (growth, 0))
                 found.append((self._attended_bytes(i), copied))
+            if cache.state_elements and not scans_on_gpu(self._profile, i):
+                profile = self._profile
+                inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
+                states = inner * state * scale.sequences
+                read = 2 * inner + 2 * max(profile.integer("ssm.group_count"), 1) * state  # tokens, steps, B and C
+                result = align((inner * scale.tokens + states) * F32)
+                found.append((result, ((read * scale.tokens + states) * F32, STEADY)))
         return found
 
     def _token_shifts(self, part: DevicePart) -> list[Size]:

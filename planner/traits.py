@@ -48,6 +48,17 @@ def is_mamba(tensors: Mapping[str, Tensor]) -> bool:
     return "ssm_in.weight" in tensors and not any(name.startswith(("ssm_ba", "ssm_beta", "ssm_alpha")) for name in tensors)
 
 
+def scans_on_gpu(profile: ModelProfile, index: int) -> bool:
+    """Whether CUDA has a kernel for a layer's ``ggml_ssm_scan`` (``ggml_backend_cuda_device_supports_op``); true without one."""
+    tensors = profile.layer_tensors[index]
+    if not is_mamba(tensors) or "ssm_a" not in tensors:
+        return True
+    inner, state, decay = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size"), tensors["ssm_a"].shape
+    if len(decay) > 1 and decay[0] > 1:  # Mamba: a decay for each element of the state
+        return state == 16 and inner % 128 == 0
+    return state in (128, 256) and inner // max(profile.integer("ssm.time_step_rank"), 1) % 16 == 0
+
+
 def fetches_early(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the states of a layer's convolution are fetched while the layer before still runs, see ``next_early``."""
     return (is_mamba(tensors) and not attends_beside_state(tensors)) or "shortconv.in_proj.weight" in tensors

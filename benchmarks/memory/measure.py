@@ -177,6 +177,21 @@ def variety() -> Iterator[Case]:
             yield load | more | {"counts": counts, "kv_v": value if flash else "f16", "cpu_experts": draw.randrange(1, n_layers)}
 
 
+def unknown() -> Iterator[Case]:
+    """Architectures without a row of their own, which get an upper bound; and loads that take far more than others."""
+    yield case("families/kimi-linear", 4096, 2048, "q8_0", "counts", counts=[2, 5], parallel=4)
+    yield case("families/stablelm", 8192, 512, "f32", "counts", counts=[1])
+    for path in sorted((DATA / "gguf" / "unknown").glob("*.gguf")):
+        model = f"unknown/{path.stem}"
+        yield case(model, 8192, 512, "f16", "solo")
+        yield case(model, 8192, 512, "f16", "solo", flash_attention=False)
+        yield case(model, 8192, 2048, "q8_0", "layer31")
+        yield case(model, 65536, 512, "f16", "layer")
+        yield case(model, 8192, 512, "f16", "part4")
+        yield case(model, 4096, 1024, "f16", "counts", counts=[1, 2, 2], parallel=4)
+        yield case(model, 65536, 1024, "q8_0", "counts", counts=[1, 2], parallel=2)
+
+
 def split_of(load: Case) -> list[str]:
     """The flags of a load's split."""
     if "counts" not in load:
@@ -258,7 +273,8 @@ def measure(tool: str, loads: list[Case]) -> list[Case]:
 
 def main(tool: str, *only: str) -> None:
     """Writes the tables, or those that are named."""
-    tables = {"models": models, "families": families, "caches": caches, "spills": spills, "variety": variety}
+    makers = (models, families, caches, spills, variety, unknown)
+    tables = {maker.__name__: maker for maker in makers}
     for name, cases in tables.items():
         if only and name not in only:
             continue

@@ -20,6 +20,7 @@ from tests.planner.measured import DATA, Difference, differences, estimate_of, p
 TABLES = ("models", "families", "caches", "spills", "variety")
 MODELS = sorted(path.stem for path in (DATA / "gguf").glob("*.gguf"))
 FAMILIES = sorted(f"families/{path.stem}" for path in (DATA / "gguf" / "families").glob("*.gguf"))
+UNKNOWN = sorted(f"unknown/{path.stem}" for path in (DATA / "gguf" / "unknown").glob("*.gguf"))
 
 
 @cache
@@ -95,16 +96,17 @@ def test_attention_without_a_kernel_costs_host_memory() -> None:
     assert unknown.host.compute_bytes - known.host.compute_bytes > copies
 
 
-@pytest.mark.parametrize("model", MODELS + FAMILIES)
+@pytest.mark.parametrize("model", MODELS + FAMILIES + UNKNOWN)
 def test_an_unknown_architecture_gets_an_upper_bound(model: str) -> None:
-    """A model under a name that no table knows is estimated no lower than llama.cpp's truth, and says so."""
-    rows = [d for table in TABLES for d in found(table) if d.row["model"] == model]
-    profile = renamed(profile_of(model))
-    for difference in rows:
-        memory = estimate_of(difference.row, profile)
-        assert memory.upper_bound
-        part = memory.host if difference.device == "Host" else memory.devices[int(difference.device[4:])]
-        assert part.total_bytes / MIB >= difference.measured_mib - 1, difference
+    """A model that no table knows, by its own name or another, is estimated no lower than llama.cpp's truth, and says so."""
+    rows = [d for table in (*TABLES, "unknown") for d in found(table) if d.row["model"] == model]
+    assert rows
+    for profile in (renamed(profile_of(model)), *([profile_of(model)] if model in UNKNOWN else [])):
+        for difference in rows:
+            memory = estimate_of(difference.row, profile)
+            assert memory.upper_bound
+            part = memory.host if difference.device == "Host" else memory.devices[int(difference.device[4:])]
+            assert part.total_bytes / MIB >= difference.measured_mib - 1, difference
 
 
 def renamed(profile: ModelProfile) -> ModelProfile:
