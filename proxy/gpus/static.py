@@ -72,7 +72,7 @@ class StaticSource:
     @classmethod
     def from_arguments(cls, arguments: Sequence[str]) -> StaticSource:
         """From the values of ``--gpu``, in Ollama's device order. Raises ``GpuError`` where one can't be understood."""
-        return cls(Rig(gpus=tuple(_gpu(_argument(text), index) for index, text in enumerate(arguments))))
+        return cls(Rig(gpus=tuple(_gpu(_argument(text), f"imagined-{index}") for index, text in enumerate(arguments))))
 
     @classmethod
     def from_file(cls, path: Path) -> StaticSource:
@@ -95,7 +95,7 @@ class StaticSource:
             first = error.errors()[0]
             place = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"])
             raise GpuError(f"{place}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})") from None
-        gpus = tuple(_gpu(entry, index) for index, entry in enumerate(parsed.gpu))
+        gpus = tuple(_gpu(entry, f"profile-{index}-{_words(entry.name)}") for index, entry in enumerate(parsed.gpu))
         if len({gpu.uuid for gpu in gpus}) < len(gpus):
             raise GpuError("gpu: two cards have the same uuid")
         host = parsed.host
@@ -155,6 +155,8 @@ def with_cards(rig: Rig, arguments: Sequence[str]) -> Rig:
 
 
 def _argument(text: str) -> _GpuEntry:
+    if "," in text:
+        raise GpuError(f"--gpu {text!r}: it takes one card; repeat it for more: --gpu {text.split(',')[0].strip()!r} --gpu …")
     name, colon, size = text.partition(":")
     try:
         return _GpuEntry(name=name.strip(), free=parse_size(size) if colon else None)
@@ -162,8 +164,16 @@ def _argument(text: str) -> _GpuEntry:
         raise GpuError(f"--gpu {text!r}: {error}") from None
 
 
-def _gpu(entry: _GpuEntry, index: int) -> Gpu:
-    """The card of ``entry``: what it says itself, the rest from the table."""
+def _words(name: str) -> str:
+    return "-".join(re.findall(r"\w+", name.lower()))
+
+
+def _gpu(entry: _GpuEntry, uuid: str) -> Gpu:
+    """The card of ``entry``: what it says itself, the rest from the table; ``uuid`` where it says none.
+
+    What was measured is kept by UUID, so that of a profile's card names it too: another card in its place is not taken for it,
+    nor is a card of the command line, which nobody has measured.
+    """
     try:
         card: Card | None = find_card(entry.name)
     except GpuError:
@@ -180,7 +190,7 @@ def _gpu(entry: _GpuEntry, index: int) -> Gpu:
     if free_bytes > total_bytes:
         raise GpuError(f"{entry.name}: {free_bytes:,} bytes free are more than the card's {total_bytes:,}")
     return Gpu(
-        uuid=entry.uuid or f"static-{index}",
+        uuid=entry.uuid or uuid,
         name=card.name if card else entry.name,
         total_bytes=total_bytes,
         free_bytes=free_bytes,

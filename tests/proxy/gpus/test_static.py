@@ -45,6 +45,14 @@ def test_arguments_make_a_rig_in_their_order():
     assert rig.host.total_bytes is None or rig.host.total_bytes > 0
 
 
+def test_what_was_measured_on_a_card_is_not_taken_for_another_in_its_place():
+    """UUIDs, by which measurements are kept: a profile's first card, another first card, and one of the command line."""
+    first = [StaticSource.from_profile({"gpu": [{"name": name}]}).rig().gpus[0].uuid for name in ("RTX 5090", "RTX 4060")]
+    thought = StaticSource.from_arguments(["RTX 5090"]).rig().gpus[0].uuid
+    assert len({*first, thought}) == 3
+    assert first[0] == StaticSource.from_profile({"gpu": [{"name": "RTX 5090", "free": "9GiB"}]}).rig().gpus[0].uuid
+
+
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
@@ -53,6 +61,7 @@ def test_arguments_make_a_rig_in_their_order():
         ("RTX 5090:", "no size"),
         ("RTX 5090:0GiB", "greater than 0"),
         ("RTX 1", "no card is known"),
+        ("RTX 5090,RTX 3090", "repeat it for more"),
     ],
 )
 def test_arguments_that_make_no_sense(argument, says):
