@@ -32,8 +32,8 @@ from planner.runnersup import with_runners_up
 from proxy.config.rulefile import RuleFile, read_rules
 from proxy.config.settings import CACHE_TYPES, Settings, load_settings, settings_file, unknown_variables
 from proxy.doctor import Sight, judge, judge_rules, look
-from proxy.errors import GpuError, LopsidedError, SettingsError
-from proxy.estimate import estimate_command
+from proxy.errors import GpuError, LopsidedError, SettingsError, UpstreamError
+from proxy.estimate import Count, estimate_command
 from proxy.gpus import GpuSource
 from proxy.gpus.nvml import NvmlSource
 from proxy.gpus.order import DeviceOrder
@@ -64,7 +64,7 @@ if TYPE_CHECKING:  # the demo brings the server with it, which takes a second to
 PIPE_WIDTH = 140
 """Columns of a table that goes into a file or a pipe; a terminal says its own."""
 
-TOKENS = click.IntRange(1, MAX_TOKENS)
+TOKENS = Count(1, MAX_TOKENS)
 
 
 class Commands(click.Group):
@@ -83,7 +83,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="lopsided", message="%(prog)s %(version)s")
 def main() -> None:
-    """Makes a stock Ollama put each model where it runs fastest on unequal GPUs.
+    """Make a stock Ollama put each model where it runs fastest on unequal GPUs.
 
     Settings come from the environment and from lopsided.toml; `lopsided doctor` shows what they lead to.
     """
@@ -163,7 +163,7 @@ def _recipes(_context: click.Context, _parameter: click.Parameter, value: str | 
 @add_gpu_option
 @click.option("--ctx", type=TOKENS, help="Tokens of context (default: the model's own, else what Ollama takes by VRAM).")
 @click.option("--batch", type=TOKENS, help="Tokens of a batch (default: what Ollama takes by context and memory).")
-@click.option("--parallel", type=click.IntRange(1, 1024), help="Sequences at once (OLLAMA_NUM_PARALLEL, else 1).")
+@click.option("--parallel", type=Count(1, 1024), help="Sequences at once (OLLAMA_NUM_PARALLEL, else 1).")
 @click.option("--kv-type", type=click.Choice(CACHE_TYPES), help="Type of the KV cache (OLLAMA_KV_CACHE_TYPE, else f16).")
 @click.option(
     "--quant",
@@ -261,7 +261,10 @@ def calibrate(model: str, ctx: int | None, stock: bool, as_json: bool) -> None:
                     model, num_ctx=ctx, stock=stock
                 )
 
-    report = asyncio.run(run())
+    try:
+        report = asyncio.run(run())
+    except UpstreamError as error:
+        raise click.ClickException(f"{error}. Is Ollama at {settings.upstream.url}? LOPSIDED_UPSTREAM names it") from error
     found = report_json(report, measurements)
     if as_json:
         _print_json(found)

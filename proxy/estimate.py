@@ -83,7 +83,13 @@ def parse_split(_context: click.Context, _parameter: click.Parameter, value: str
     return counts
 
 
-_TOKENS = click.IntRange(min=1)
+class Count(click.IntRange):
+    """A whole number in a range; of ``8k`` click would say that it is no "integer range"."""
+
+    name = "integer"
+
+
+_TOKENS = Count(min=1)
 _CACHE_TYPE = click.Choice(CACHE_TYPE_NAMES, case_sensitive=False)
 
 
@@ -99,11 +105,11 @@ _CACHE_TYPE = click.Choice(CACHE_TYPE_NAMES, case_sensitive=False)
 @click.option(
     "--split", callback=parse_split, metavar="N,N,...", help="Layers of each GPU, the output layer counted; the rest: CPU."
 )
-@click.option("--cpu-experts", default=0, type=click.IntRange(min=0), help="Lowest layers whose routed experts stay in RAM.")
+@click.option("--cpu-experts", default=0, type=Count(min=0), help="Lowest layers whose routed experts stay in RAM.")
 @click.option(
     "--outputs", type=_TOKENS, help="Tokens with logits in a micro-batch: llama-server reserves 1 a sequence. [default: all]"
 )
-@click.option("--runtime-mib", default=0, type=click.IntRange(min=0), help="CUDA context and workspaces of each GPU.")
+@click.option("--runtime-mib", default=0, type=Count(min=0), help="CUDA context and workspaces of each GPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def estimate_command(
     file: Path,
@@ -120,7 +126,10 @@ def estimate_command(
     runtime_mib: int,
     as_json: bool,
 ) -> None:
-    """MiB on each device for a GGUF FILE; only its header is read."""
+    """Show the MiB on each device for a split of a GGUF FILE.
+
+    Only the file's header is read. For a model by its name in Ollama there is `lopsided plan`.
+    """
     profile = read_profile(file)
     settings = LoadSettings(
         num_ctx=ctx,

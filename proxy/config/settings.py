@@ -317,7 +317,12 @@ def unknown_variables(environment: Mapping[str, str]) -> tuple[str, ...]:
     """A line for each variable that is named like a setting and is none: one that was misspelled has no effect."""
     known = [str(field.validation_alias) for field in Settings.model_fields.values()] + [*OTHER_VARIABLES]
     strangers = sorted(name for name in environment if name.upper().startswith(PREFIX) and name not in known)
-    return tuple(f"{name} is no setting, and has no effect{closest(name, known)}" for name in strangers)
+
+    def meant(name: str) -> str:
+        alias = _variable(key := name[len(PREFIX) :].lower())  # LOPSIDED_BOOST: the file's name for one of Ollama's
+        return closest(name, known) if alias == key else f"; did you mean {alias!r}?"
+
+    return tuple(f"{name} is no setting, and has no effect{meant(name)}" for name in strangers)
 
 
 def setting_names() -> frozenset[str]:

@@ -91,7 +91,10 @@ lib_option = click.option(
 
 @click.group("launcher")
 def launcher_commands() -> None:
-    """The launcher, by which Ollama 0.30 and later splits a model exactly as planned."""
+    """Split models exactly as planned.
+
+    The launcher is a script in the place of Ollama's llama-server (Ollama 0.30 and later, Linux; docs/launcher.md).
+    """
 
 
 @launcher_commands.command("install")
@@ -99,7 +102,10 @@ def launcher_commands() -> None:
 @click.option("--url", help="Where Ollama reaches lopsided (default: LOPSIDED_HOST).")
 @click.option("--user", help="The user that Ollama runs as (default: whom it runs as now, else ollama).")
 def install_command(given: Path | None, url: str | None, user: str | None) -> None:
-    """Puts the launcher in llama-server's place; Ollama's own stays beside it as llama-server.stock."""
+    """Put the launcher in llama-server's place.
+
+    Ollama's own stays beside it as llama-server.stock.
+    """
     settings = load_settings()
     library = find_library(given)
     process = ollama_process(library)
@@ -117,7 +123,7 @@ def install_command(given: Path | None, url: str | None, user: str | None) -> No
 @launcher_commands.command("remove")
 @lib_option
 def remove_command(given: Path | None) -> None:
-    """Puts Ollama's own llama-server back."""
+    """Put Ollama's own llama-server back."""
     library = find_library(given)
     remove(library)
     click.echo(f"Ollama's own llama-server is in place in {library}.")
@@ -128,7 +134,10 @@ def remove_command(given: Path | None) -> None:
 @lib_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def status_command(given: Path | None, as_json: bool) -> None:
-    """What is in Ollama's library folder, and whether Ollama's environment suits the launcher."""
+    """Show whether it is in place.
+
+    Looks into Ollama's library folder, and whether Ollama's environment suits the launcher.
+    """
     found = inspect(find_library(given))
     environment = ollama_environment(ollama_process(found.library))
     missing = None if environment is None else missing_variables(environment)
