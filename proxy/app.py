@@ -23,6 +23,7 @@ from proxy.config.settings import Settings, setting_names, settings_file
 from proxy.dashboard import page
 from proxy.errors import GpuError, LopsidedError, UpstreamError
 from proxy.gpus import GpuSource
+from proxy.gpus.order import DeviceOrder
 from proxy.jsonedit import JsonError
 from proxy.launcher.launch import BODY_LIMIT_BYTES as LAUNCH_LIMIT_BYTES
 from proxy.launcher.launches import Launches
@@ -209,8 +210,13 @@ class Proxy:
             self.placements.done(decision, loaded=answered, left=request.left)
 
 
-def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner = make_plan) -> Proxy:
-    """The whole proxy. ``source`` is ``None`` where there are no GPUs to be planned for: then everything passes unchanged."""
+def create_app(
+    settings: Settings, *, source: GpuSource | None, order: DeviceOrder | None = None, planner: Planner = make_plan
+) -> Proxy:
+    """The whole proxy. ``source`` is ``None`` where there are no GPUs to be planned for: then everything passes unchanged.
+
+    ``order`` is what is known of the order in which Ollama counts the GPUs of ``source``.
+    """
     forwarder = Forwarder(settings.upstream)
     ollama = Ollama(forwarder.client)
     catalog, launches = Catalog(forwarder.client), Launches(time.monotonic)
@@ -235,6 +241,7 @@ def create_app(settings: Settings, *, source: GpuSource | None, planner: Planner
         settings=settings,
         launches=launches,
         rules=rules,
+        order=order,
         planner=learned,
         in_force=lambda: [in_force.blob for in_force in placements.in_force()],
     )

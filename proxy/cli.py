@@ -134,9 +134,8 @@ def serve(host: str | None, upstream: str | None) -> None:
     for line in _gpu_lines(seen):
         click.echo(line)
     log_to_stderr()
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(settings, source=source), **uvicorn_options(settings.drain_s), log_level="warning")
-    )
+    app = create_app(settings, source=source, order=device_order(settings))
+    server = uvicorn.Server(uvicorn.Config(app, **uvicorn_options(settings.drain_s), log_level="warning"))
     settle_process()
     try:
         server.run(sockets=[listener])

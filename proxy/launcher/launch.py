@@ -157,22 +157,22 @@ def parse_arguments(arguments: Sequence[str]) -> LaunchRequest:
     )
 
 
-def visible_devices(request: LaunchRequest, rig: Rig | None) -> dict[str, Gpu] | None:
+def visible_devices(request: LaunchRequest, rig: Rig | None, order: DeviceOrder | None = None) -> dict[str, Gpu] | None:
     """The GPUs that llama-server will see, by the names that ``--device`` has for them, in its order.
 
-    ``rig`` has all GPUs that lopsided knows, in Ollama's device order, ``None`` where it knows none. ``None`` is answered where
-    only ``--list-devices`` can tell: no rig, nothing said of what is visible, or GPUs of another library or machine. What a
-    profile says of those (``library = "RPC"``) is found by their names.
+    ``rig`` has all GPUs that lopsided knows, in Ollama's device order, ``None`` where it knows none; ``order`` is what lopsided's
+    own environment says of that order. ``None`` is answered where only ``--list-devices`` can tell: no rig, nothing said of what
+    is visible, an entry that means no card of the rig, or GPUs of another library or machine. What a profile says of those
+    (``library = "RPC"``) is found by their names.
     """
     known: dict[str, Gpu] = {}
     visible = request.environment.get("CUDA_VISIBLE_DEVICES")
     cuda = [gpu for gpu in rig.gpus if gpu.library == CUDA] if rig else []
     if cuda and visible is not None:
-        if request.environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
-            gpus: Sequence[Gpu] = in_ollama_order(cuda, DeviceOrder(by_pci=True, visible=visible))
-        else:
-            gpus = visible_gpus(cuda, visible)
-        known = {f"CUDA{number}": gpu for number, gpu in enumerate(gpus)}
+        by_pci = request.environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+        gpus = _visible(cuda, visible, order or DeviceOrder(), by_pci=by_pci)
+        if len(gpus) == len(visible.split(",")):  # else the devices after the unknown one would be taken for others
+            known = {f"CUDA{number}": gpu for number, gpu in enumerate(gpus)}
     others = {name: gpu for name, gpu in zip(device_names(rig), rig.gpus, strict=True) if gpu.library != CUDA} if rig else {}
     if request.devices is not None:
         listed = rig_of(request.devices, known={**known, **others}, host=Host())
@@ -180,6 +180,21 @@ def visible_devices(request: LaunchRequest, rig: Rig | None) -> dict[str, Gpu] |
     if others or "LLAMA_ARG_RPC" in request.environment:
         return None
     return known or None
+
+
+def _visible(cuda: Sequence[Gpu], visible: str, order: DeviceOrder, *, by_pci: bool) -> Sequence[Gpu]:
+    """What Ollama's ``visible`` means, of ``cuda``, which stand in Ollama's order.
+
+    Where the user hides or turns cards by their numbers, Ollama goes on to write those numbers, while the rig has the visible
+    cards alone, in the order in which they are named.
+    """
+    own = [entry.strip() for entry in (order.visible or "").split(",")]
+    if not any(entry.isdecimal() for entry in own):
+        return in_ollama_order(cuda, DeviceOrder(by_pci=True, visible=visible)) if by_pci else visible_gpus(cuda, visible)
+    if order.names or order.by_pci != by_pci or len(own) != len(cuda):
+        return ()
+    named = dict(zip(own, cuda, strict=True))
+    return [named[entry] for part in visible.split(",") if (entry := part.strip()) in named]
 
 
 def plan_request(request: LaunchRequest, base: PlanRequest) -> PlanRequest:

@@ -23,6 +23,7 @@ from planner.profile import ModelProfile
 from proxy.config.rulefile import RuleFile
 from proxy.config.settings import Settings
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
+from proxy.gpus.order import DeviceOrder
 from proxy.launcher.launch import (
     LaunchRequest,
     answer,
@@ -61,8 +62,9 @@ log = logging.getLogger("lopsided.launcher")
 class Launching:
     """Answers the launcher.
 
-    ``rig`` reads the GPUs and raises ``GpuError``; ``injected`` has the options that lopsided itself put into the requests for a
-    blob, ``in_force`` the blobs of models that are taken to be loaded; ``clock`` is monotonic, in seconds.
+    ``rig`` reads the GPUs and raises ``GpuError``; ``order`` is what is known of Ollama's device order; ``injected`` has the
+    options that lopsided itself put into the requests for a blob, ``in_force`` the blobs of models that are taken to be loaded;
+    ``clock`` is monotonic, in seconds.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Launching:
         launches: Launches,
         injected: Callable[[str], Mapping[str, object]] = lambda blob: {},  # noqa: ARG005
         rules: RuleFile | None = None,
+        order: DeviceOrder | None = None,
         planner: Planner = make_plan,
         in_force: Callable[[], Collection[str]] = tuple,
         clock: Callable[[], float] = time.monotonic,
@@ -87,6 +90,7 @@ class Launching:
         self._settings = settings
         self._launches = launches
         self._rules = rules or RuleFile(None)
+        self._order = order
         self._plans_for = RuledPlans(catalog=catalog, rules=self._rules, settings=settings, planner=planner)
         self._in_force = in_force
         self._clock = clock
@@ -134,7 +138,7 @@ class Launching:
             rig = await self._rig()
         except GpuError:
             rig = None
-        devices = visible_devices(request, rig)
+        devices = visible_devices(request, rig, self._order)
         if devices is None and request.devices is None:
             return ask_for_devices()
         devices = _allowed(request, devices or {})

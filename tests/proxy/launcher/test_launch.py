@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from planner.request import Candidate, PlanRequest
 from planner.settings import LoadSettings
 from planner.units import GIB
 from proxy.errors import ModelError
+from proxy.gpus.order import DeviceOrder
 from proxy.launcher.launch import (
     WISHES,
     LaunchRequest,
@@ -159,8 +161,8 @@ def test_a_launch_is_planned_with_what_ollama_told_llama_server():
 # Devices
 
 
-def visible(rig: Rig | None, **environment: str) -> dict[str, str] | None:
-    found = visible_devices(parse_launch(body(["--model", "/m", "-c", "8"], **environment)), rig)
+def visible(rig: Rig | None, order: DeviceOrder | None = None, **environment: str) -> dict[str, str] | None:
+    found = visible_devices(parse_launch(body(["--model", "/m", "-c", "8"], **environment)), rig, order)
     return None if found is None else {name: found_gpu.uuid for name, found_gpu in found.items()}
 
 
@@ -181,6 +183,64 @@ def test_the_list_is_needed_where_nothing_else_tells():
     assert visible(RIG) is None
     assert visible(RIG, CUDA_VISIBLE_DEVICES="") is None
     assert visible(RIG, CUDA_VISIBLE_DEVICES="0", LLAMA_ARG_RPC="10.0.0.7:50052") is None
+
+
+@pytest.mark.parametrize("visible_cards", ["1,2", "2", "0,1,2", "0,-1", "GPU-other,GPU-fast", "GPU-fast,GPU-"])
+@pytest.mark.parametrize("pci", [{}, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}])
+def test_an_entry_that_means_no_card_of_the_rig_leaves_none_to_guess(visible_cards, pci):
+    """Ollama counts a card that lopsided does not see: what llama-server calls CUDA0 need not be the first one known."""
+    assert visible(RIG, CUDA_VISIBLE_DEVICES=visible_cards, **pci) is None
+    listing = "Available devices:%0A  CUDA0: NVIDIA H200 (9 MiB, 9 MiB free)%0A"
+    assert visible(RIG, CUDA_VISIBLE_DEVICES=visible_cards, DEVICES=listing, **pci) == {"CUDA0": "CUDA0"}
+
+
+PROFILE = Rig(gpus=tuple(replace(card, pci_id=None) for card in (FAST, SLOW)))
+"""As a profile describes cards: in Ollama's order, without PCI ids."""
+TURNED = Rig(gpus=PROFILE.gpus[::-1])
+
+
+@pytest.mark.parametrize("pci", [{}, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}])
+@pytest.mark.parametrize("rig", [PROFILE, TURNED])
+def test_a_profiles_cards_are_counted_as_they_stand_in_it(rig, pci):
+    first, second = (card.uuid for card in rig.gpus)
+    assert visible(rig, CUDA_VISIBLE_DEVICES="0,1", **pci) == {"CUDA0": first, "CUDA1": second}
+    assert visible(rig, CUDA_VISIBLE_DEVICES="1", **pci) == {"CUDA0": second}
+    assert visible(rig, CUDA_VISIBLE_DEVICES="GPU-slow", **pci) == {"CUDA0": "GPU-slow"}
+    assert visible(rig, CUDA_VISIBLE_DEVICES="GPU-slow,GPU-fast", **pci) == {"CUDA0": "GPU-slow", "CUDA1": "GPU-fast"}
+
+
+@pytest.mark.parametrize("by_pci", [False, True])
+@pytest.mark.parametrize("own", ["1,2", "2, 1", "7,0"])
+@pytest.mark.parametrize("rig", [PROFILE, TURNED])
+def test_numbers_that_hide_or_turn_cards_for_lopsided_too_mean_the_same_cards(rig, own, by_pci):
+    """The rig has the visible cards, in the order of ``own``, and Ollama writes the numbers of all cards."""
+    pci = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if by_pci else {}
+    order = DeviceOrder(visible=own, by_pci=by_pci)
+    first, second = (card.uuid for card in rig.gpus)
+    numbers = own.replace(" ", "").split(",")
+    assert visible(rig, order, CUDA_VISIBLE_DEVICES=",".join(numbers), **pci) == {"CUDA0": first, "CUDA1": second}
+    assert visible(rig, order, CUDA_VISIBLE_DEVICES=",".join(numbers[::-1]), **pci) == {"CUDA0": second, "CUDA1": first}
+    assert visible(rig, order, CUDA_VISIBLE_DEVICES=numbers[1], **pci) == {"CUDA0": second}
+    for unknown in (f"{own},5", "5"):
+        assert visible(rig, order, CUDA_VISIBLE_DEVICES=unknown, **pci) is None
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        DeviceOrder(visible="1,0", by_pci=True),  # Ollama counts otherwise
+        DeviceOrder(visible="1,0", names=("H200",)),  # the rig stands as its user says
+        DeviceOrder(visible="1"),  # a profile of more cards than lopsided's own environment shows
+    ],
+)
+def test_numbers_that_may_mean_other_cards_to_ollama_leave_none_to_guess(order):
+    assert visible(RIG, order, CUDA_VISIBLE_DEVICES="1,0") is None
+
+
+def test_uuids_in_lopsideds_own_environment_leave_numbers_to_the_rigs_order():
+    order = DeviceOrder(visible="GPU-fast,GPU-slow")
+    assert visible(RIG, order, CUDA_VISIBLE_DEVICES="1") == {"CUDA0": "GPU-slow"}
+    assert visible(RIG, order, CUDA_VISIBLE_DEVICES="GPU-slow") == {"CUDA0": "GPU-slow"}
 
 
 def test_a_list_names_the_devices_and_says_what_is_free():
