@@ -54,6 +54,7 @@ def _listen(value: Any) -> Any:
     address = parse_address(value, default_port=LISTEN_PORT, strict=True)
     if address.scheme != "http" or address.path:
         raise ValueError("host:port, without https and without a path")
+    _askable(address.connectable())
     return address
 
 
@@ -147,7 +148,7 @@ def _words(value: Any) -> Any:
 
 
 def _file(value: Any) -> Any:
-    path = Path(str(value)).expanduser()
+    path = _expanded(str(value))
     if not path.is_file():
         raise ValueError("the path of a TOML file that describes the GPUs")
     return path
@@ -156,13 +157,20 @@ def _file(value: Any) -> Any:
 def _path(value: Any) -> Any:
     if not isinstance(value, str | Path):
         raise ValueError("the path of a file with the token in it")
-    return Path(value).expanduser()
+    return _expanded(value)
+
+
+def _expanded(value: str | Path) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # ~somebody, who has no home here
+        raise ValueError(f"a path; {error}") from error
 
 
 def _folder(value: Any) -> Any:
     if not isinstance(value, str | Path | None) or (isinstance(value, str) and "\0" in value):
         raise ValueError("the path of a folder to keep state in, or off")
-    return None if value is None or str(value).lower() == "off" else Path(value).expanduser()
+    return None if value is None or str(value).lower() == "off" else _expanded(value)
 
 
 def _state_folder() -> Path | None:
@@ -266,7 +274,7 @@ class Settings(BaseSettings):
             return self.token
         try:
             return self.token_file.read_text(encoding="utf-8").strip() or None
-        except (OSError, UnicodeDecodeError):
+        except (OSError, ValueError):  # no UTF-8, or a path that no file can have
             return None
 
     @model_validator(mode="before")

@@ -44,6 +44,12 @@ from proxy.gpus.specs import Card, find_card, idle_free_bytes
 MOST_BYTES = 2**50
 """More than any card, host or second of a bus has."""
 
+MOST_UNITS = 10**6
+"""More SMs, MHz or lanes than any card has."""
+
+MOST_GENERATION = 16
+"""A PCIe generation that is far off; each doubles the rate."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]i?)B)\s*$", re.IGNORECASE)
 
@@ -81,10 +87,10 @@ class StaticSource:
             return cls.from_profile(tomllib.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise GpuError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise GpuError(f"{path}: no TOML: {error}") from error
         except GpuError as error:
             raise GpuError(f"{path}: {error}") from error
+        except (ValueError, RecursionError) as error:  # TOMLDecodeError, and what int() and deep nesting raise
+            raise GpuError(f"{path}: no TOML: {error}") from error
 
     @classmethod
     def from_profile(cls, profile: Mapping[str, Any]) -> StaticSource:
@@ -113,7 +119,8 @@ def _capability(value: object) -> object:
     return int(match[1]), int(match[2])
 
 
-Size = Annotated[PositiveInt, BeforeValidator(_size)]
+Size = Annotated[PositiveInt, BeforeValidator(_size), Field(le=MOST_BYTES)]
+Count = Annotated[PositiveInt, Field(le=MOST_UNITS)]
 
 
 class _Entry(BaseModel):
@@ -125,11 +132,11 @@ class _GpuEntry(_Entry):
     free: Size | None = None
     total: Size | None = None
     compute_capability: Annotated[tuple[int, int], BeforeValidator(_capability)] | None = None
-    sm_count: PositiveInt | None = None
-    clock_mhz: PositiveInt | None = None
+    sm_count: Count | None = None
+    clock_mhz: Count | None = None
     bandwidth: Size | None = None
-    pcie_generation: PositiveInt | None = None
-    pcie_width: PositiveInt | None = None
+    pcie_generation: Annotated[PositiveInt, Field(le=MOST_GENERATION)] | None = None
+    pcie_width: Count | None = None
     uuid: str | None = None
     library: str | None = None
     integrated: bool | None = None

@@ -93,6 +93,10 @@ def test_a_proxy_that_would_ask_itself_is_refused(monkeypatch, value):
         ("OLLAMA_SCHED_COMPUTE_BOOST", "nan", "1.0 to 2.0"),
         ("LOPSIDED_HOST", "127.0.0.1:99999", "a port from 0 to 65535"),
         ("LOPSIDED_HOST", "https://127.0.0.1:1", "without https"),
+        ("LOPSIDED_HOST", "xn--zzzzzz--:1", "host:port"),
+        ("LOPSIDED_STATE", "~nobody-of-that-name/x", "a path"),
+        ("LOPSIDED_PROFILE", "~nobody-of-that-name/x", "a path"),
+        ("LOPSIDED_TOKEN_FILE", "~nobody-of-that-name/x", "a path"),
         ("LOPSIDED_UPSTREAM", "ftp://x", "http:// or https://"),
         ("LOPSIDED_UPSTREAM", "x:port", "a port from 0 to 65535"),
         ("OLLAMA_HOST", "unix://x", "http or https"),
@@ -162,6 +166,11 @@ def test_the_examples_of_the_page_are_valid(tmp_path):
     assert load_settings().boost == 1.75
     (tmp_path / "gpus.toml").write_text(profile)
     assert [gpu.name for gpu in StaticSource.from_file(tmp_path / "gpus.toml").rig().gpus][1] == "A card of my own"
+
+
+def test_a_token_file_that_no_file_can_be_has_no_token(tmp_path):
+    (tmp_path / "lopsided.toml").write_text('token_file = "a\\u0000b"\n')
+    assert load_settings().bearer is None
 
 
 def test_another_file_can_be_named(monkeypatch, tmp_path):

@@ -117,6 +117,11 @@ def test_a_profile(tmp_path):
         ('[[gpu]]\nname = "RTX 5090"\nuuid = "a"\n[[gpu]]\nname = "RTX 3090"\nuuid = "a"', "same uuid"),
         ('[[gpu]]\nname = "RTX 5090"\n[host]\ntotal = -1', r"host\.total"),
         ("[[gpu", "no TOML"),
+        ("total = " + "9" * 5000, "no TOML"),
+        ("a = " + "[" * 3000 + "]" * 3000, "no TOML"),
+        ('[[gpu]]\nname = "RTX 5090"\npcie_generation = 2000', r"gpu\.1\.pcie_generation"),
+        ('[[gpu]]\nname = "RTX 5090"\nsm_count = 9223372036854775807', r"gpu\.1\.sm_count"),
+        ('[[gpu]]\nname = "RTX 5090"\nbandwidth = 9223372036854775807', r"gpu\.1\.bandwidth"),
         ("\x00", "no TOML"),
     ],
 )
