@@ -309,7 +309,7 @@ def load_settings(**overrides: Any) -> Settings:
         settings = Settings(**{_variable(name): value for name, value in overrides.items()})
     except ValidationError as error:
         raise SettingsError(_explain(error, overrides, file)) from None
-    except (ValueError, OSError) as error:  # tomllib.TOMLDecodeError says line and column
+    except (ValueError, OSError, RecursionError) as error:  # tomllib.TOMLDecodeError says line and column
         raise SettingsError(f"{file}: {error}") from None
     if settings.require_token and settings.token is None and settings.token_file is None:
         raise SettingsError("LOPSIDED_REQUIRE_TOKEN is on, and there is no token: set LOPSIDED_TOKEN or LOPSIDED_TOKEN_FILE")

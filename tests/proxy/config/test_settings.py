@@ -190,6 +190,7 @@ def test_another_file_can_be_named(monkeypatch, tmp_path):
         ("boost = = 1", r"lopsided\.toml: .*line 1"),
         ('upstream = "x:y"', r"lopsided\.toml:1: upstream = 'x:y' is not allowed"),
         ("token = 5", r"lopsided\.toml:1: token is not allowed"),
+        ("a = " + "[" * 3000 + "]" * 3000, r"lopsided\.toml: maximum recursion depth"),
     ],
 )
 def test_a_wrong_file_is_refused_by_file_and_key(tmp_path, text, message):
