@@ -234,7 +234,7 @@ def create_app(
         rules=rules,
     )
     launching = Launching(
-        rig=placements.rig,
+        rig=placements.drafts.rig,
         injected=placements.injected,
         catalog=catalog,
         ollama=ollama,
@@ -286,12 +286,12 @@ def create_app(
 
     @own.get("/lopsided/devices")
     async def devices() -> JSONResponse:
-        rig = await placements.rig()
+        rig = await placements.drafts.rig()
         return JSONResponse(devices_json(rig, await asyncio.to_thread(measurements.class_rates, rig)))
 
     @own.get("/lopsided/plan")
     async def plan(model: str, num_ctx: int | None = Query(None, ge=1, le=MAX_TOKENS)) -> JSONResponse:
-        made, delivery = await placements.preview(model, num_ctx)
+        made, delivery = await placements.drafts.preview(model, num_ctx)
         told = await asyncio.to_thread(with_runners_up, made)
         points = await asyncio.to_thread(frontier, made.profile, made.rig, made.request)
         return JSONResponse(plan_json(told, delivery, points))

@@ -54,7 +54,7 @@ class Overview:
         loaded = {full_name(entry.name): entry for entry in entries} | {entry.digest: entry for entry in entries}
         rig = None
         with suppress(GpuError):
-            rig = await self._placements.rig()
+            rig = await self._placements.drafts.rig()
         rows, shown = [], set()
         for in_force in self._placements.in_force():
             actual = loaded.get(in_force.digest) or loaded.get(in_force.model)
@@ -75,7 +75,7 @@ class Overview:
         if runs:
             predicted = _bytes(runs.plan, runs.candidate, rig)
             if actual:
-                watched = rig if self._placements.watches else None
+                watched = rig if self._placements.drafts.live else None
                 where = misplaced(runs.candidate, runs.plan.rig, watched, actual.vram_bytes)
         elif in_force.delivery.places:
             predicted = list(in_force.held_bytes or ())
@@ -98,7 +98,7 @@ class Overview:
         known = None
         with suppress(ModelError):
             facts = await self._catalog.facts(entry.name)
-            known = self._launches.placed(blob_name(facts.blob or facts.digest))
+            known = self._launches.placed(blob_name(facts.key))
         row: dict[str, Any] = {
             "model": full_name(entry.name),
             "placement": "loaded past lopsided",

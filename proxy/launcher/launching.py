@@ -255,7 +255,7 @@ class Launching:
                 for entry in await self._ollama.loaded():
                     with suppress(ModelError):
                         facts = await self._catalog.facts(entry.name)
-                        self._launches.loaded(blob_name(facts.blob or facts.digest))
+                        self._launches.loaded(blob_name(facts.key))
 
 
 def launch_arguments(plan: Plan, names: Sequence[str], request: LaunchRequest, *, careful: int) -> Arguments:

@@ -240,7 +240,7 @@ class Calibrator:
         """Asked once for each load."""
         plan, wrong = self._verified.get(model.blob, (None, None))
         if plan is not model.plan:  # made anew for each load
-            rig, vram_bytes = await self._placements.look(model.blob)
+            rig, vram_bytes = await self._placements.drafts.look(model.blob)
             wrong = "it is not loaded any more"
             if vram_bytes is not None:
                 wrong = misplaced(model.candidate, model.plan.rig, rig, vram_bytes)

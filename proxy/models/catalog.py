@@ -64,6 +64,11 @@ class ModelFacts:
     adapter_bytes: int = 0
     is_embedding: bool = False
 
+    @property
+    def key(self) -> str:
+        """What tells models apart: Ollama lets all names of one blob share a runner."""
+        return self.blob or self.digest
+
     def default_integer(self, option: str) -> int | None:
         """The model's own value of an integer option (``num_ctx``, ``num_gpu``, …), ``None`` where it sets none."""
         value = self.defaults.get(option)

@@ -14,31 +14,29 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from planner.hardware import Rig
-from planner.plan import Plan, Planner, make_plan
-from planner.request import Era, PlanRequest
+from planner.plan import Planner, make_plan
 from proxy.config.rulefile import RuleFile
 from proxy.config.rules import Rule
 from proxy.config.settings import Settings
-from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
+from proxy.errors import LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.static import StaticSource
-from proxy.launcher.launches import MOST_CAREFUL, Launches
+from proxy.launcher.launches import Launches
 from proxy.models.catalog import Catalog, ModelFacts, full_name
 from proxy.ollama.client import Loaded, Ollama
 from proxy.ollama.endpoints import LoadRequest
 from proxy.ollama.names import blob_name
-from proxy.ollama.options import MAIN_GPU, Delivery, deliver, deliver_by_launcher, own_wish, stock
+from proxy.ollama.options import MAIN_GPU, Delivery, own_wish, stock
+from proxy.placing.drafts import Drafts, why_not
 from proxy.placing.inforce import InForce, Ledger, file_name, held_bytes
 from proxy.placing.running import Running, running
-from proxy.placing.steady import REPLAN_S, due, said, same_runner, worth_reload
-from proxy.plans.loading import asked_context, plan_request
-from proxy.plans.room import Held
-from proxy.plans.ruled import OFF, Load, RuledPlans, in_context
+from proxy.placing.shrunk import restores
+from proxy.placing.slots import Failures, Slot
+from proxy.placing.steady import due, said, same_runner, worth_reload
+from proxy.plans.loading import asked_context
+from proxy.plans.ruled import OFF, RuledPlans
 from proxy.statefile import StateFile
 from proxy.v1.seen import SeenOnV1
 
@@ -48,37 +46,10 @@ PLAN_S = 10.0
 LOOK_S = 1.0
 """Seconds for which a model seen in ``/api/ps``, or just used, counts as loaded."""
 
-FAILURE_KEPT_S = 3600.0
-"""Seconds for which a plan that ran out of memory is remembered: until then the model gets the more careful one at once."""
-
 NAMES_KEPT = 1024
-"""Models whose facts are remembered by name, and lines of the log."""
+"""Models whose facts are remembered by name."""
 
 log = logging.getLogger("lopsided.placement")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Failure:
-    """The last delivery that ran out of memory, and how careful the next one is: 1 leaves a margin, 2 is stock."""
-
-    careful: int
-    delivery: Delivery
-    at: float
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class _Slot:
-    """What is known about one blob. ``users`` are requests under way with its ``current`` placement."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    current: InForce | None = None
-    users: int = 0
-    seen_at: float = 0.0
-    restarts: int = 0
-    cut_at: float | None = None
-    """Since when the current placement is known to have less context than planned, after a load that failed."""
-    mended: bool = False
-    """It was loaded anew for that reason, and not seen with the whole context since."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,28 +83,33 @@ class Placements:
     ) -> None:
         self._ollama = ollama
         self._catalog = catalog
-        self._gpus = gpus
-        self._live = not isinstance(gpus, StaticSource)  # what is written down does not change with what is loaded
         self._settings = settings
-        self._plans = RuledPlans(
-            catalog=catalog, rules=rules or RuleFile(None), settings=settings, planner=planner, live=self._live
-        )
+        live = not isinstance(gpus, StaticSource)  # what is written down does not change with what is loaded
+        self._plans = RuledPlans(catalog=catalog, rules=rules or RuleFile(None), settings=settings, planner=planner, live=live)
         self._clock = clock
         self._restarts = restarts
         self._launches = launches or Launches(clock)
+        self._slots: dict[str, Slot] = {}
+        self._failures = Failures(clock)
+        self.drafts = Drafts(
+            ollama=ollama,
+            catalog=catalog,
+            gpus=gpus,
+            settings=settings,
+            plans=self._plans,
+            launches=self._launches,
+            slots=self._slots,
+            live=live,
+        )
         self._facts: OrderedDict[str, ModelFacts] = OrderedDict()
-        self._slots: dict[str, _Slot] = {}
-        self._failures: dict[tuple[str, int | None], _Failure] = {}
         self._on_v1 = SeenOnV1(catalog, clock)
-        self._told: set[str] = set()
-        self._reading: asyncio.Task[Rig] | None = None
         self._ledger = Ledger(StateFile(settings.state, file_name(settings.upstream)), self.in_force)
         self._taken_over: set[str] = set()
 
     def take_over(self) -> None:
         """Goes on with what was in force when the proxy ended last; each model's next request asks whether it still is."""
         for in_force in self._ledger.read():
-            self._slots[in_force.blob] = _Slot(current=in_force, seen_at=-math.inf, restarts=self._restarts())
+            self._slots[in_force.blob] = Slot(current=in_force, seen_at=-math.inf, restarts=self._restarts())
             self._taken_over.add(in_force.blob)
 
     # What requests do
@@ -147,16 +123,10 @@ class Placements:
                 return known
             async with asyncio.timeout(PLAN_S):
                 return await self._decide(request)
-        except ModelError as error:
-            return self._as_it_is(request.model, str(error))
-        except LopsidedError as error:
-            reason = str(error)
-        except TimeoutError:
-            reason = f"no plan within {PLAN_S:g} s"
-        except Exception as error:
-            log.debug("planning failed", exc_info=error)
-            reason = f"planning failed: {type(error).__name__}: {error}"
-        return self._known(request, certain=False) or self._as_it_is(request.model, reason)
+        except Exception as error:  # noqa: BLE001 - why_not logs what nobody expected
+            reason = why_not(error, PLAN_S)
+            known = None if isinstance(error, ModelError) else self._known(request, certain=False)
+            return known or Decision(delivery=self.drafts.none(request.model, reason))
 
     def done(self, decision: Decision, *, loaded: bool, left: bool = False) -> None:
         """The request is over; ``loaded`` where Ollama answered it, so that the model was in memory, ``left`` where its client
@@ -181,11 +151,7 @@ class Placements:
         if not failed.delivery.options:
             return None
         slot = self._slots[failed.blob]
-        before = self._failure(failed.blob, failed.num_ctx)
-        if before is None or before.careful <= failed.careful:  # the first of those that waited for this load
-            self._failures[(failed.blob, failed.num_ctx)] = _Failure(
-                careful=failed.careful + 1, delivery=failed.delivery, at=self._clock()
-            )
+        if self._failures.add(failed):
             log.warning("%s: %s ran out of memory", failed.model, failed.delivery.text)
         if slot.current is failed:
             slot.current = None
@@ -207,32 +173,9 @@ class Placements:
 
     # What people ask
 
-    async def preview(self, model: str, num_ctx: int | None) -> tuple[Plan, Delivery]:
-        """The plan that ``model`` would get now, without any effect. Raises ``LopsidedError``."""
-        facts = await self._catalog.facts(model)
-        era = await self._ollama.era()
-        options = {"num_ctx": num_ctx}
-        wanted = self._wanted(options, facts, era)
-        loaded = await self._by_blob(await self._ollama.loaded())
-        plan = await self._plan(Load(model=model, facts=facts, options=options, request=wanted), loaded)
-        return plan, stock(OFF) if self._plans.rule(model).off else self._delivery(plan, era, wanted)
-
     def running(self, placed: InForce) -> Running | None:
         """What runs of ``placed``, and where its plan says; ``None`` where that is not known."""
         return running(placed, self._launches)
-
-    async def look(self, blob: str) -> tuple[Rig | None, int | None]:
-        """The rig as it is now, ``None`` where nothing watches it, and what ``blob`` takes on all GPUs, ``None`` if not loaded.
-
-        Raises ``LopsidedError``.
-        """
-        entry = (await self._by_blob(await self._ollama.loaded())).get(blob)
-        return await self.rig() if self._live else None, entry.vram_bytes if entry else None
-
-    @property
-    def watches(self) -> bool:
-        """Whether the rig's free bytes follow what is loaded."""
-        return self._live
 
     def take_back(self, blob: str) -> None:
         """The plan of ``blob`` turned out slower than stock: the next request that finds it idle gets another."""
@@ -248,20 +191,11 @@ class Placements:
         """The options that go into the requests for the file named ``blob`` now."""
         return next((now.delivery.options for now in self.in_force() if blob_name(now.blob) == blob), {})
 
-    async def rig(self) -> Rig:
-        """The GPUs as they are now. Raises ``GpuError``."""
-        if self._gpus is None:
-            raise GpuError("no source of GPUs")
-        if self._reading is None or self._reading.done():  # a driver that hangs takes one thread, not all of them
-            self._reading = asyncio.create_task(asyncio.to_thread(self._gpus.rig), name="read GPUs")
-            self._reading.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return await asyncio.shield(self._reading)
-
     # How it is decided
 
     async def _decide(self, request: LoadRequest) -> Decision:
         facts = await self._facts_of(request.model)
-        blob, rule = facts.blob or facts.digest, self._plans.rule(request.model)
+        blob, rule = facts.key, self._plans.rule(request.model)
         wish = own_wish(request.options, facts.defaults)
         if wish is not None and rule.off:
             return Decision(delivery=stock(OFF))
@@ -272,13 +206,13 @@ class Placements:
             if (slot := self._slots.get(blob)) is not None:
                 slot.current = None
             return Decision(delivery=stock("seen on /v1", without=MAIN_GPU))
-        slot = self._slots.setdefault(blob, _Slot())
+        slot = self._slots.setdefault(blob, Slot())
         num_ctx = asked_context(request.options, facts, self._settings)
         if not self._holds(slot, num_ctx, rule):
             async with slot.lock:
                 if not self._holds(slot, num_ctx, rule):
                     restarts, before = self._restarts(), slot.current
-                    slot.current = await self._renewed(slot, request, facts, blob, num_ctx)
+                    slot.current = await self._renewed(slot, request, facts, num_ctx)
                     slot.seen_at, slot.restarts = self._clock(), restarts
                     if slot.current is not before:
                         await self._ledger.keep()
@@ -292,7 +226,7 @@ class Placements:
         Not ``certain``: questions have failed, and what was in force last is the best that can be known.
         """
         facts = self._facts.get(full_name(request.model))
-        slot = self._slots.get(facts.blob or facts.digest) if facts else None
+        slot = self._slots.get(facts.key) if facts else None
         if facts is None or slot is None or slot.current is None:
             return None
         if self._on_v1.unknown and (certain or self._on_v1.names(request.model)):
@@ -305,11 +239,11 @@ class Placements:
         return self._use(slot, slot.current, request)
 
     @staticmethod
-    def _use(slot: _Slot, in_force: InForce, request: LoadRequest) -> Decision:
+    def _use(slot: Slot, in_force: InForce, request: LoadRequest) -> Decision:
         slot.users += 1
         return Decision(delivery=in_force.delivery, in_force=in_force, request=request)
 
-    def _holds(self, slot: _Slot, num_ctx: int | None, rule: Rule) -> bool:
+    def _holds(self, slot: Slot, num_ctx: int | None, rule: Rule) -> bool:
         """Whether the slot's placement is in force beyond doubt, without asking anybody; during a request it always is."""
         current = slot.current
         if current is None or current.num_ctx != num_ctx:
@@ -319,13 +253,13 @@ class Placements:
         recent = self._clock() - slot.seen_at < LOOK_S and slot.restarts == self._restarts()
         return recent and current.rule in (None, rule) and not due(current, self._clock())
 
-    async def _renewed(self, slot: _Slot, request: LoadRequest, facts: ModelFacts, blob: str, num_ctx: int | None) -> InForce:
+    async def _renewed(self, slot: Slot, request: LoadRequest, facts: ModelFacts, num_ctx: int | None) -> InForce:
         """The placement to use from now on: the current one while Ollama still has the model, else a new one."""
-        current, rule = slot.current, self._plans.rule(request.model)
+        blob, current, rule = facts.key, slot.current, self._plans.rule(request.model)
         ruled_so = current is not None and current.rule in (None, rule)
         unchanged = current if ruled_so and current is not None and current.num_ctx == num_ctx else None
         try:
-            loaded, known = await self._by_blob(await self._ollama.loaded()), True
+            loaded, known = await self.drafts.loaded(), True
             self._forget_ended(loaded, kept=blob)
         except UpstreamError:
             loaded, known = {}, False
@@ -335,14 +269,14 @@ class Placements:
             if not await self._mends_context(slot, unchanged, request, facts, loaded):
                 return await self._still(unchanged, request, facts, loaded)
             loaded = {other: entry for other, entry in loaded.items() if other != blob}
-        slot.cut_at = None
-        failure = self._failure(blob, num_ctx)
+        slot.shrunk.since = None
+        failure = self._failures.last(blob, num_ctx)
         careful = failure.careful if failure else 0
         plan, delivery = None, stock("the plans before ran out of memory", without=MAIN_GPU)
         if rule.off:
             delivery = stock(OFF)
         elif careful < 2:
-            plan, delivery = await self._new_plan(request, facts, loaded, careful=careful)
+            plan, delivery = await self.drafts.make(request, facts, loaded, careful=careful)
             if failure and delivery.options == failure.delivery.options:
                 plan, careful, delivery = None, 2, stock("the same plan ran out of memory before", without=MAIN_GPU)
         planned_ctx, held = plan.chosen.settings.num_ctx if plan else None, held_bytes(plan, delivery)
@@ -372,10 +306,10 @@ class Placements:
         if current.plan is None or not due(current, self._clock()):
             return current
         again = replace(current, decided_at=self._clock())
-        plan, delivery = await self._new_plan(request, facts, loaded, careful=current.careful)
-        if plan is None or plan.chosen.settings.num_ctx != current.planned_ctx or self._failure(current.blob, current.num_ctx):
+        plan, delivery = await self.drafts.make(request, facts, loaded, careful=current.careful)
+        if plan is None or plan.chosen.settings.num_ctx != current.planned_ctx or delivery.by_launcher:
             return again
-        if delivery.by_launcher or not worth_reload(current.plan, plan):
+        if self._failures.last(current.blob, current.num_ctx) or not worth_reload(current.plan, plan):
             return again
         plan, delivery = said(plan, delivery)
         if same_runner(delivery, current.delivery):
@@ -384,29 +318,17 @@ class Placements:
         return replace(again, plan=plan, delivery=delivery, held_bytes=held_bytes(plan, delivery))
 
     async def _mends_context(
-        self, slot: _Slot, current: InForce, request: LoadRequest, facts: ModelFacts, loaded: Mapping[str, Loaded]
+        self, slot: Slot, current: InForce, request: LoadRequest, facts: ModelFacts, loaded: Mapping[str, Loaded]
     ) -> bool:
-        """Unloads ``current``, which is idle, where a failed load cost it context and a plan holds the whole of it by now.
-
-        Ollama itself tries again with a smaller context where nobody sets one. Not before ``REPLAN_S``, and once.
-        """
-        entry, planned_ctx = loaded[current.blob], current.planned_ctx or 0
-        if not 0 < entry.context_length < planned_ctx:
-            slot.cut_at, slot.mended = None, False
+        """Unloads ``current``, which is idle, where a failed load cost it context and a plan holds the whole of it by now."""
+        level = self._launches.level(blob_name(current.blob))
+        if not slot.shrunk.due(current, loaded[current.blob], level=level, now_s=self._clock()):
             return False
-        level, now = self._launches.level(blob_name(current.blob)), self._clock()
-        if slot.cut_at is None and level:
-            slot.cut_at = now
-            log.warning("%s: loaded with %d tokens of context, not %d", current.model, entry.context_length, planned_ctx)
-        if slot.cut_at is None or slot.mended or now - slot.cut_at < REPLAN_S or level >= MOST_CAREFUL or entry.pinned:
+        plan, delivery = await self.drafts.make(request, facts, loaded, careful=1)
+        if plan is None or not restores(current, plan, delivery):
             return False
-        plan, delivery = await self._new_plan(request, facts, loaded, careful=1)
-        if plan is None or not delivery.by_launcher or plan.chosen.settings.num_ctx < planned_ctx:
-            return False
-        if plan.chosen.placement.cpu_layers > (current.plan.chosen.placement.cpu_layers if current.plan else 0):
-            return False
-        slot.mended = True
-        log.info("%s is loaded anew: there is room for %d tokens of context again", current.model, planned_ctx)
+        slot.shrunk.mended = True
+        log.info("%s is loaded anew: there is room for %d tokens of context again", current.model, current.planned_ctx)
         try:
             await self._ollama.unload(request.model)
         except LopsidedError as error:
@@ -421,86 +343,9 @@ class Placements:
                 self._slots[blob].current = None
         self._taken_over.clear()
 
-    async def _new_plan(
-        self, request: LoadRequest, facts: ModelFacts, loaded: Mapping[str, Loaded], *, careful: int
-    ) -> tuple[Plan | None, Delivery]:
-        """A plan and its delivery; without a plan, stock: which then stays in force, as any other placement does."""
-        try:
-            async with asyncio.timeout(PLAN_S / 2):
-                era = await self._ollama.era()
-                wanted = self._wanted(request.options, facts, era, careful=careful > 0)
-                load = Load(model=request.model, facts=facts, options=request.options, request=wanted)
-                plan = await self._plan(load, loaded)
-        except LopsidedError as error:
-            reason = str(error)
-        except TimeoutError:
-            reason = f"no plan within {PLAN_S / 2:g} s"
-        except Exception as error:
-            log.debug("planning failed", exc_info=error)
-            reason = f"planning failed: {type(error).__name__}: {error}"
-        else:
-            return plan, self._delivery(plan, era, wanted)
-        self._tell(f"{full_name(request.model)} passes unchanged: {reason}")
-        return None, stock(reason)
-
-    def _wanted(self, options: Mapping[str, Any], facts: ModelFacts, era: Era, *, careful: bool = False) -> PlanRequest:
-        """What to plan. The launcher never spreads a model; without it, an Ollama that was seen to spread goes on with that."""
-        wanted = plan_request(options, facts, self._settings, era, careful=careful)
-        if era == "llama-server" and self._launches.answering:
-            return replace(wanted, spread=False)
-        return replace(wanted, spread=True) if self._launches.spread else wanted
-
-    def _delivery(self, plan: Plan, era: Era, wanted: PlanRequest) -> Delivery:
-        if era == "llama-server" and self._launches.answering:
-            delivery = deliver_by_launcher(plan, spread=self._launches.spread, tensor_split=self._settings.tensor_split)
-        else:
-            delivery = deliver(plan, era, tensor_split=self._settings.tensor_split)
-        return in_context(delivery, plan, wanted)
-
-    async def _plan(self, load: Load, loaded: Mapping[str, Loaded]) -> Plan:
-        others = [self._held(blob, loaded[blob], load.model) for blob in sorted(loaded.keys() - {load.blob})]
-        own = self._held(load.blob, loaded[load.blob], load.model) if load.blob in loaded else None
-        by_options = not self._launches.places_all
-        return await self._plans.beside(load, await self.rig(), own=own, others=others, loaded=loaded, by_options=by_options)
-
-    def _held(self, blob: str, entry: Loaded, model: str) -> Held:
-        """A loaded model, as it stands to ``model``, which is about to be loaded."""
-        slot = self._slots.get(blob)
-        busy = slot is not None and slot.users > 0
-        return Held(
-            vram_bytes=entry.vram_bytes,
-            held_bytes=slot.current.held_bytes if slot and slot.current else None,
-            stays=busy or entry.pinned or self._plans.stays(entry.name, model),
-        )
-
-    def _failure(self, blob: str, num_ctx: int | None) -> _Failure | None:
-        failure = self._failures.get((blob, num_ctx))
-        return failure if failure and self._clock() - failure.at <= FAILURE_KEPT_S else None
-
-    def _as_it_is(self, model: str, reason: str) -> Decision:
-        self._tell(f"{full_name(model)} passes unchanged: {reason}")
-        return Decision(delivery=stock(reason))
-
-    def _tell(self, text: str) -> None:
-        """Logs ``text`` once."""
-        if text not in self._told and len(self._told) < NAMES_KEPT:
-            self._told.add(text)
-            log.warning("%s", text)
-
-    # What is asked of Ollama and the GPUs
-
     async def _facts_of(self, model: str) -> ModelFacts:
         facts = await self._catalog.facts(model)
         self._facts[full_name(model)] = facts
         while len(self._facts) > NAMES_KEPT:
             self._facts.popitem(last=False)
         return facts
-
-    async def _by_blob(self, loaded: tuple[Loaded, ...]) -> dict[str, Loaded]:
-        """The loaded models by their blobs, whatever their names; those that can't be planned for are left out."""
-        found = {}
-        for entry in loaded:
-            with suppress(ModelError):
-                facts = await self._catalog.facts(entry.name)
-                found[facts.blob or facts.digest] = entry
-        return found

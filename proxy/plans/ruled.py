@@ -19,6 +19,7 @@ from proxy.config.settings import Settings
 from proxy.errors import LopsidedError
 from proxy.models.catalog import Catalog, ModelFacts
 from proxy.ollama.options import Delivery, with_context
+from proxy.once import Once
 from proxy.plans.loading import makes_room, plan_request, sets_context, without_companions
 from proxy.plans.room import Held, beside_others, doubts, evicts, rig_for, ruled, said_by
 from proxy.plans.together import Member, share
@@ -47,7 +48,7 @@ class Load:
     @property
     def blob(self) -> str:
         """What tells models apart."""
-        return self.facts.blob or self.facts.digest
+        return self.facts.key
 
 
 def in_context(delivery: Delivery, plan: Plan, wanted: PlanRequest) -> Delivery:
@@ -65,7 +66,7 @@ class RuledPlans:
         self._settings = settings
         self._planner = planner
         self._live = live
-        self._told: set[str] = set()
+        self._tell = Once(log, kept=TOLD_KEPT)
 
     def rule(self, model: str) -> Rule:
         """What holds for ``model`` now."""
@@ -116,12 +117,6 @@ class RuledPlans:
             self._tell(problem)
         return replace(plan, reasons=tuple(filter(None, (said_by(rule), *problems, *plan.reasons))))
 
-    def _tell(self, text: str) -> None:
-        """Logs ``text`` once."""
-        if text not in self._told and len(self._told) < TOLD_KEPT:
-            self._told.add(text)
-            log.warning("%s", text)
-
     def _sets_context(self, load: Load) -> bool:
         """Whether neither client nor model sets the context, and the rules or ``LOPSIDED_CONTEXT`` do.
 
@@ -150,7 +145,7 @@ class RuledPlans:
                 continue
             with suppress(LopsidedError):  # one that is not there needs no room
                 facts = await self._catalog.facts(name)
-                if (facts.blob or facts.digest) not in loaded and not self.rule(name).off:
+                if facts.key not in loaded and not self.rule(name).off:
                     request = ruled(plan_request({}, facts, self._settings, wanted.era), rig, self.rule(name), facts)
                     other = Load(model=name, facts=facts, options={}, request=request)
                     if self._sets_context(other):

@@ -42,7 +42,7 @@ class SeenOnV1:
         for name in tuple(self._names):
             try:
                 facts = await self._catalog.facts(name)
-                self._blobs[facts.blob or facts.digest] = self._clock()
+                self._blobs[facts.key] = self._clock()
             except UpstreamError:  # nothing to hold against other models; asked for again next time
                 continue
             except ModelError:

@@ -115,8 +115,7 @@ async def row_of(*, vram_bytes: int, context: int) -> dict:
     placements = SimpleNamespace(
         in_force=lambda: (placed,),
         running=lambda _: Running(name="m", blob="b", plan=plan, candidate=plan.chosen),
-        rig=rig,
-        watches=False,
+        drafts=SimpleNamespace(rig=rig, live=False),
     )
     overview = Overview(
         ollama=SimpleNamespace(loaded=loaded),

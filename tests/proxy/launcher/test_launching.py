@@ -20,7 +20,7 @@ from proxy.gpus.static import StaticSource
 from proxy.launcher.launch import BODY_LIMIT_BYTES
 from proxy.launcher.launches import Launches
 from proxy.launcher.launching import ANSWER_S
-from proxy.placing import placement
+from proxy.placing import placement, shrunk
 from proxy.plans.loading import WIDER_MARGIN_BYTES
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.wire.access import LAUNCH_PATH, bears_token, is_loopback, refuses_own
@@ -307,7 +307,7 @@ def test_a_context_that_a_failed_load_cost_comes_back_once_a_plan_holds_it(machi
     assert context() == 4096, "not at once"
     assert "loaded with 4096 tokens of context, not 16384" in caplog.text
     assert httpx.get(machine.url + "/lopsided/models", timeout=10).json()["models"][0]["context_note"]
-    monkeypatch.setattr(placement, "REPLAN_S", 0.0)
+    monkeypatch.setattr(shrunk, "REPLAN_S", 0.0)
     assert context() == 16384
     starts = scheduler.count("launch")
     assert context() == 16384
@@ -317,7 +317,7 @@ def test_a_context_that_a_failed_load_cost_comes_back_once_a_plan_holds_it(machi
 
 def test_a_context_that_cannot_come_back_is_tried_for_once(machine, monkeypatch):
     monkeypatch.setattr(placement, "LOOK_S", 0.0)
-    monkeypatch.setattr(placement, "REPLAN_S", 0.0)
+    monkeypatch.setattr(shrunk, "REPLAN_S", 0.0)
     real = Launches.level
     monkeypatch.setattr(Launches, "level", lambda self, blob: max(real(self, blob), 1))  # as after a failed load
     machine.launch("phi4:14b", context=16384)

@@ -23,7 +23,7 @@ from proxy.models import catalog
 from proxy.models.catalog import ModelFacts
 from proxy.ollama.endpoints import parse_load_request
 from proxy.ollama.options import era_of
-from proxy.placing import placement
+from proxy.placing import drafts, placement
 from proxy.placing.placement import Placements
 from proxy.plans.loading import freed
 from proxy.simulator import Simulator, create_app, demo_models
@@ -337,6 +337,7 @@ def test_a_model_on_v1_that_cannot_be_looked_up_costs_others_nothing(monkeypatch
 def test_a_driver_that_hangs_is_asked_once(monkeypatch):
     # shows: it takes one thread, not one a request until there are none left for anything else
     monkeypatch.setattr(placement, "PLAN_S", 0.4)
+    monkeypatch.setattr(drafts, "DRAFT_S", 0.2)
     asked, go_on = [], threading.Event()
 
     def hangs():
