@@ -27,7 +27,8 @@ LLAMA_70B = str(GGUF / "llama3.3-70b-q4km.gguf")
 PAIR = ("--gpu", "RTX 5090", "--gpu", "RTX 3090")
 COMMAND = (sys.executable, "-c", "from proxy.cli import main; main(prog_name='lopsided')")
 COMMANDS = ("calibrate", "demo", "devices", "doctor", "estimate", "launcher", "plan", "serve")
-ANSWER_S = 20
+ANSWER_S = 120
+"""Longest wait for a command: for one that hangs, not for a machine that is busy."""
 
 
 def is_setting(name: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from planner.speed import gpu_rates
 from proxy.demo import MACHINES, PAIR, Machine, Outcome, Summary, open_stage
-from tests.proxy.test_cli import answer, interrupted, lopsided, running
+from tests.proxy.test_cli import ANSWER_S, answer, interrupted, lopsided, running
 
 FAST, SLOW = 0, 1
 
@@ -106,7 +106,7 @@ def test_it_stays_for_a_client_until_it_is_interrupted():
     with running("demo", until="Ctrl-C") as (process, printed):
         url = re.search(r"lopsided +(http://127\.0\.0\.1:\d+)", printed)[1]
         body = {"model": CASES[0].model, "prompt": "Hello", "stream": False, "options": {"num_predict": 4}}
-        generated = httpx.post(f"{url}/api/generate", json=body, timeout=20)
+        generated = httpx.post(f"{url}/api/generate", json=body, timeout=ANSWER_S)
         assert generated.status_code == 200
         assert generated.json()["eval_count"] > 0
         assert "x-lopsided-plan" in generated.headers

@@ -159,9 +159,9 @@ def test_a_file_that_shrinks_while_it_is_read():
 )
 def test_lengths_that_lie_and_types_that_do_not_exist(data, says):
     """Each is refused at once, with a message that names the thing."""
-    started = time.process_time()
+    started = time.thread_time()
     assert says in refused(data)
-    assert time.process_time() - started < 0.1
+    assert time.thread_time() - started < 0.1
 
 
 @pytest.mark.parametrize("length", [2**31, 2**62, 2**63 - 9, 2**63, 2**64 - 8, 2**64 - 1])
@@ -223,9 +223,9 @@ def test_the_vocabulary_of_a_70b_is_walked_fast_enough(tmp_path):
     assert path.stat().st_size > 39e9
     seconds = []
     for _ in range(5):
-        started = time.process_time()
+        started = time.thread_time()
         assert len(read_header(path).tensors) == 720
-        seconds.append(time.process_time() - started)
+        seconds.append(time.thread_time() - started)
     assert min(seconds) < 0.050
 
 
