@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -84,7 +84,9 @@ class ModelProfile:
     """One model, immutable. ``metadata`` and ``tensors`` are kept for what only the memory model needs.
 
     ``input_bytes`` stay on the host. ``output_bytes`` go with the output layer; ``tied_bytes`` of them are the embedding, loaded
-    a second time as the output matrix, which costs nothing where the output layer is on the host too.
+    a second time as the output matrix, which costs nothing where the output layer is on the host too. ``model_tensors`` are those
+    of no repeating layer by name, ``layer_tensors`` those of each by what stands behind ``blk.N.``; ``tensor_kinds`` holds for each
+    layer the first one whose tensors have the same names, types and shapes.
     """
 
     architecture: str
@@ -96,6 +98,9 @@ class ModelProfile:
     tied_bytes: int = 0
     metadata: Metadata = field(repr=False)
     tensors: tuple[Tensor, ...] = field(repr=False)
+    model_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    layer_tensors: tuple[Mapping[str, Tensor], ...] = field(default=(), repr=False, compare=False)
+    tensor_kinds: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def n_layers(self) -> int:
@@ -104,18 +109,31 @@ class ModelProfile:
 
     def integer(self, key: str, default: int = 0) -> int:
         """The architecture's integer ``key`` (``attention.head_count``); of a per-layer array, the largest."""
-        value = self.metadata.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, tuple):
-            return max((int(v) for v in value), default=default)
-        return int(value)
+        known = self._integers
+        found = known.get((key, default))
+        if found is None:
+            value = self.metadata.get(f"{self.architecture}.{key}", default)
+            found = max((int(v) for v in value), default=default) if isinstance(value, tuple) else int(value)
+            known[key, default] = found
+        return found
+
+    @cached_property
+    def _integers(self) -> dict[tuple[str, int], int]:
+        return {}
+
+    @cached_property
+    def _arrays(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        return {}
 
     def per_layer(self, key: str, default: int = 0) -> tuple[int, ...]:
         """The architecture's integer ``key`` for each layer: an array as it is, a scalar repeated."""
-        value = self.metadata.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, tuple):
-            values = tuple(int(v) for v in value)[: self.n_layers]
-            return values + (default,) * (self.n_layers - len(values))
-        return (int(value),) * self.n_layers
+        known = self._arrays
+        found = known.get((key, default))
+        if found is None:
+            value = self.metadata.get(f"{self.architecture}.{key}", default)
+            values = tuple(int(v) for v in value) if isinstance(value, tuple) else (int(value),) * self.n_layers
+            found = known[key, default] = (values + (default,) * self.n_layers)[: self.n_layers]
+        return found
 
     def per_layer_or(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """Like ``per_layer``, with a default of its own for each layer."""
@@ -136,38 +154,6 @@ class ModelProfile:
         """Rows of the embedding: what llama.cpp calls ``n_vocab``, also where the vocabulary itself was left out."""
         embedding = self.model_tensors.get("token_embd.weight")
         return embedding.shape[1] if embedding and len(embedding.shape) > 1 else self.integer("vocab_size")
-
-    @cached_property
-    def _tensors_by_home(self) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], ...]]:
-        layers: tuple[dict[str, Tensor], ...] = tuple({} for _ in self.layers)
-        others: dict[str, Tensor] = {}
-        for tensor in self.tensors:
-            head, _, tail = tensor.name.partition(".")
-            number, _, name = tail.partition(".")
-            if head == "blk" and number.isdecimal() and name:
-                layers[int(number)][name] = tensor
-            else:
-                others[tensor.name] = tensor
-        return others, layers
-
-    @property
-    def model_tensors(self) -> dict[str, Tensor]:
-        """Tensors that belong to no repeating layer, by name."""
-        return self._tensors_by_home[0]
-
-    @property
-    def layer_tensors(self) -> tuple[dict[str, Tensor], ...]:
-        """Tensors of each repeating layer, by what stands behind ``blk.N.``."""
-        return self._tensors_by_home[1]
-
-    @cached_property
-    def tensor_kinds(self) -> tuple[int, ...]:
-        """For each repeating layer the first one whose tensors have the same names, types and shapes."""
-        first: dict[object, int] = {}
-        return tuple(
-            first.setdefault(tuple((name, tensor.type.number, tensor.shape) for name, tensor in tensors.items()), i)
-            for i, tensors in enumerate(self.layer_tensors)
-        )
 
     @cached_property
     def weights_before(self) -> tuple[int, ...]:
@@ -220,42 +206,63 @@ def build_profile(*, metadata: Metadata, tensors: Iterable[Tensor], file_bytes: 
     if not isinstance(architecture, str):
         raise ValueError("the metadata name no general.architecture")
     rows = tuple(tensors)
-    parts: defaultdict[int, dict[str, int]] = defaultdict(lambda: dict.fromkeys(("attention", "ffn", "expert", "other"), 0))
+    by_layer: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+    others: dict[str, Tensor] = {}
+    for tensor in rows:
+        if match := _LAYER.match(tensor.name):
+            by_layer[int(match[1])][match[2]] = tensor
+        else:
+            others[tensor.name] = tensor
+    if not by_layer:
+        raise ValueError("the tensor table holds no repeating layers (blk.N.*)")
+    n_layers = max(by_layer) + 1
+    if n_layers > MAX_LAYERS:
+        raise ValueError(f"{n_layers} layers are more than llama.cpp loads ({MAX_LAYERS})")
+    layer_tensors = tuple(by_layer[i] for i in range(n_layers))
+    first: dict[object, int] = {}
+    kinds = tuple(
+        first.setdefault(tuple((name, tensor.type.number, tensor.shape) for name, tensor in of_layer.items()), i)
+        for i, of_layer in enumerate(layer_tensors)
+    )
+    of_kind = {kind: _layer_of(layer_tensors[kind]) for kind in first.values()}
+    layers = [of_kind[kind] for kind in kinds]
+    n_unused = metadata.get(f"{architecture}.nextn_predict_layers", 0)
+    for i in range(n_layers - (n_unused if isinstance(n_unused, int) and n_unused < n_layers else 0), n_layers):
+        layers[i] = _layer_of({})  # multi-token prediction: TENSOR_SKIP, not loaded without a draft
     input_bytes = output_bytes = embedding_bytes = 0
     has_output = False
-    for tensor in rows:
-        stem = tensor.name.rsplit(".", 1)[0]
-        if match := _LAYER.match(tensor.name):
-            parts[int(match[1])][_class_of(match[2])] += tensor.bytes
-        elif stem in FIRST_LAYER_TENSORS:
-            parts[0]["other"] += tensor.bytes
+    for name_of, tensor in others.items():
+        stem = name_of.rsplit(".", 1)[0]
+        if stem in FIRST_LAYER_TENSORS:
+            layers[0] = replace(layers[0], other_bytes=layers[0].other_bytes + tensor.bytes)
         elif stem in INPUT_TENSORS:
             input_bytes += tensor.bytes
             embedding_bytes += tensor.bytes if stem == "token_embd" else 0
         else:
             output_bytes += tensor.bytes
             has_output = has_output or stem == "output"
-    if not any(_LAYER.match(tensor.name) for tensor in rows):
-        raise ValueError("the tensor table holds no repeating layers (blk.N.*)")
     tied_bytes = 0 if has_output or architecture in UNTIED else embedding_bytes
-    n_layers = max(parts) + 1
-    if n_layers > MAX_LAYERS:
-        raise ValueError(f"{n_layers} layers are more than llama.cpp loads ({MAX_LAYERS})")
-    n_unused = metadata.get(f"{architecture}.nextn_predict_layers", 0)
-    for i in range(n_layers - (n_unused if isinstance(n_unused, int) and n_unused < n_layers else 0), n_layers):
-        parts.pop(i, None)  # multi-token prediction: TENSOR_SKIP, not loaded without a draft
-    layers = tuple(Layer(**{f"{key}_bytes": size for key, size in parts[i].items()}) for i in range(n_layers))
     return ModelProfile(
         architecture=architecture,
         name=name or str(metadata.get("general.name", "")),
         file_bytes=file_bytes,
-        layers=layers,
+        layers=tuple(layers),
         input_bytes=input_bytes,
         output_bytes=output_bytes + tied_bytes,
         tied_bytes=tied_bytes,
         metadata=metadata,
         tensors=rows,
+        model_tensors=others,
+        layer_tensors=layer_tensors,
+        tensor_kinds=kinds,
     )
+
+
+def _layer_of(tensors: Mapping[str, Tensor]) -> Layer:
+    sizes = dict.fromkeys(("attention", "ffn", "expert", "other"), 0)
+    for name, tensor in tensors.items():
+        sizes[_class_of(name)] += tensor.bytes
+    return Layer(**{f"{key}_bytes": size for key, size in sizes.items()})
 
 
 def _class_of(name: str) -> str:

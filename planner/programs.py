@@ -44,6 +44,7 @@ class Programs:
         self._embedding_bytes = embedding_bytes(profile, scale)
         self._has_per_layer = self._sizes[PER_LAYER] != (0, STEADY)
         self._made: dict[object, Program] = {}
+        self._recorded: dict[object, tuple[Tape, dict[int, int], frozenset[int], dict[frozenset[int], Program]]] = {}
 
     @property
     def has_prelude(self) -> bool:
@@ -105,10 +106,10 @@ class Programs:
     ) -> Program:
         """A layer; ``kept`` are the inputs that are still read after it, the rest is as in ``LayerGraph``."""
         last = i == self._n - 1
-        where = (offloaded, host_experts, experts_away, normed, pipelined)
-        key = (self._kinds[i], last, where, brings, has_states, fetches_states, borrowed, per_layer, kept)
-        found = self._made.get(key)
-        if found is None:
+        where = (offloaded, host_experts, experts_away, normed, pipelined and self._scale.attention == "host")
+        key = (self._kinds[i], last, where, brings, has_states, fetches_states, borrowed, per_layer)
+        recorded = self._recorded.get(key)
+        if recorded is None:
             graph = LayerGraph(
                 self._profile,
                 i,
@@ -126,8 +127,12 @@ class Programs:
                 borrowed=borrowed,
                 per_layer=per_layer,
             )
-            exports = {RESIDUAL: graph.result, **graph.brought}
-            found = self._made[key] = graph.tape.compile(exports, sizes=self._sizes, kept=kept)
+            recorded = self._recorded[key] = graph.tape, {RESIDUAL: graph.result, **graph.brought}, graph.tape.names(), {}
+        tape, exports, names, made = recorded
+        kept &= names
+        found = made.get(kept)
+        if found is None:
+            found = made[kept] = tape.compile(exports, sizes=self._sizes, kept=kept)
         return found
 
     def foreign(self, i: int) -> Program:

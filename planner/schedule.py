@@ -121,14 +121,9 @@ class Schedules:
         self._width = profile.embedding_length * F32
         self._sparse = sparse_cells(profile) > 0
         self._owners = [i for i in range(self._n) if self._caches[i].owns_cache]
-        tensors = profile.layer_tensors
-        early = {i for i, kind in enumerate(self._kinds) if fetches_early(tensors[kind])}
-        mixers = [i for i in range(self._n) if i in early or self._caches[i].attends] if early else []
-        self._fetched_behind = {b: a for a, b in pairwise(mixers) if next_early(profile, a) == b}
-        routed = {b: b - 1 for b in range(1, self._n) if self._kinds[b] in early and "ffn_gate_inp.weight" in tensors[b - 1]}
-        self._fetched_behind_any = self._fetched_behind | routed
-        """Those, and layers whose states are fetched behind the routed experts of the layer before."""
-        """Layers whose states are fetched early -> the layer behind whose mixer that happens."""
+        self._fetched_behind, self._fetched_behind_any = profile.remember(
+            "fetched behind", None, lambda: _fetched_behind(profile)
+        )
         self._programs = Programs(profile, scale)
         self._parts: dict[DevicePart, Schedule] = {}
         self._alikes: dict[object, Schedule] = {}
@@ -460,6 +455,17 @@ class Schedules:
         if self._sparse:
             mask = (CHOICE_MASK, *mask)
         return (*names, *mask, *extra)
+
+
+def _fetched_behind(profile: ModelProfile) -> tuple[dict[int, int], dict[int, int]]:
+    """Layers whose states are fetched early -> the layer behind whose mixer that happens; then with its routed experts too."""
+    tensors, kinds, caches = profile.layer_tensors, layer_kinds(profile), layer_caches(profile)
+    early_kinds = {kind for kind in set(kinds) if fetches_early(tensors[kind])}
+    early = {i for i, kind in enumerate(kinds) if kind in early_kinds}
+    mixers = [i for i in range(len(kinds)) if i in early or caches[i].attends] if early else []
+    behind = {b: a for a, b in pairwise(mixers) if next_early(profile, a) == b}
+    routed = {b: b - 1 for b in range(1, len(kinds)) if b in early and "ffn_gate_inp.weight" in tensors[b - 1]}
+    return behind, behind | routed
 
 
 def schedules_of(profile: ModelProfile, scale: Scale) -> Schedules:

@@ -100,6 +100,10 @@ class Tape:
         """An operation whose result needs no memory here: it writes to a cache, or somewhere else."""
         self._operations.append(((0, STEADY), reads, ()))
 
+    def names(self) -> frozenset[int]:
+        """The caller's tensors that are read here."""
+        return frozenset(read for _, reads, _ in self._operations for read in reads if read < 0)
+
     def compile(self, exports: Mapping[int, int], *, sizes: Mapping[int, Size], kept: Collection[int] = ()) -> Program:
         """The steps of the recorded operations; the exported tensors outlive them, under the caller's names.
 
