@@ -117,7 +117,7 @@ def install(library: Path, *, url: str, token: str | None, user: str | None = No
     owner = _owner(user)
     file, stock, new, before = (library / name for name in (NAME, STOCK, f"{NAME}.new", BEFORE))
     with _explained(library), _locked(library):
-        found = inspect(library)
+        seen, found = _identity(file), inspect(library)
         if found.state in ("none", "lost"):
             raise LauncherError(f"{library}: {SAYINGS[found.state]}")
         _check_bash()
@@ -129,6 +129,8 @@ def install(library: Path, *, url: str, token: str | None, user: str | None = No
                 _second_name(file, stock)
             _write(new, shipped_launcher().read_bytes(), mode=0o755)
             _try(new, stock)
+            if _identity(file) != seen:  # that has taken seconds
+                raise LauncherError(f"{file} has changed meanwhile, as by an update of Ollama; when that is through, try again")
             _write_config(library / CONFIG, url, token, owner)
             _make_cache(library / CACHE, owner)
             new.replace(file)
@@ -136,8 +138,8 @@ def install(library: Path, *, url: str, token: str | None, user: str | None = No
             new.unlink(missing_ok=True)
             if before.exists():
                 before.replace(stock)
-            elif found.state in ("absent", "replaced") and stock.exists() and stock.samefile(file):
-                stock.unlink()
+            elif file.exists() and (found.state == "absent" or (found.state == "replaced" and _is_same(stock, file))):
+                stock.unlink(missing_ok=True)
             raise
         before.unlink(missing_ok=True)
         with suppress(OSError):  # it is there for `status` and `doctor` alone
@@ -163,6 +165,19 @@ def remove(library: Path) -> Installation:
             shutil.rmtree(library / CACHE)
         _note(library).unlink(missing_ok=True)
         return inspect(library)
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    """What tells ``file`` from another one of its name, a second name of its own apart; ``None`` where there is none."""
+    try:
+        seen = file.lstat()
+    except FileNotFoundError:
+        return None
+    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)
 
 
 def _note(library: Path) -> Path:

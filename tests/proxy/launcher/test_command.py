@@ -246,6 +246,32 @@ def test_interrupted_anywhere_there_is_a_llama_server_and_installing_again_works
     assert (library / NAME).read_bytes() == real(current)
 
 
+@pytest.mark.parametrize("before", ["absent", "installed", "replaced", "interrupted"])
+def test_an_update_of_ollama_while_the_launcher_is_tried_keeps_its_llama_server(library, monkeypatch, before):
+    """The newer one would be overwritten, and an older one started with newer libraries from then on."""
+    if before != "absent":
+        install(library, url=URL, token=None)
+    if before == "replaced":
+        put(library / NAME, real("version: 2"))
+    if before == "interrupted":
+        (library / NAME).unlink()
+    assert inspect(library).state == before
+    newest = real("version: 3")
+
+    def updated(*arguments):
+        put(library / "update", newest)
+        (library / "update").replace(library / NAME)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(installation, "_try", updated)
+        with pytest.raises(LauncherError, match="has changed meanwhile"):
+            install(library, url=URL, token=None)
+    assert (library / NAME).read_bytes() == newest
+    assert inspect(library).state == ("absent" if before == "absent" else "replaced")
+    install(library, url=URL, token=None)
+    assert (library / STOCK).read_bytes() == newest
+
+
 def test_commands_at_the_same_time_never_lose_the_original(library):
     add = partial(install, url=URL, token=None)
     for actions in ([add] * 4, [add, remove] * 2):
