@@ -125,7 +125,9 @@ def install_command(given: Path | None, url: str | None, user: str | None) -> No
 def remove_command(given: Path | None) -> None:
     """Put Ollama's own llama-server back."""
     library = find_library(given)
-    remove(library)
+    if (left := remove(library)).state == "none":
+        click.echo(f"{library}: {SAYINGS[left.state]}")
+        return
     click.echo(f"Ollama's own llama-server is in place in {library}.")
     click.echo(f"If you set {' and '.join(WANTED)} for the launcher, take them out of Ollama's environment.")
 

@@ -114,7 +114,7 @@ def doubts(rules: Iterable[Rule], rig: Rig) -> Iterator[str]:
     reserves = dict(reserve for rule in rules for reserve in rule.reserve)
     for name in named | dict.fromkeys(reserves):
         if not (found := find_gpus(rig.gpus, name)):
-            yield f"a rule names the GPU {name!r}, which is not here: it counts as not said"
+            yield f"a rule names the GPU {name!r}, which is not here: that part of the rule is ignored"
         elif name in named and len(found) > 1:
             yield f"gpu = {name!r} means {len(found)} GPUs here: {rig.gpus[found[0]].uuid} is taken"
         yield from (

@@ -569,6 +569,8 @@ def test_the_commands_say_what_they_did_and_what_is_left_to_do(library, run):
     assert "installed" in run("status", "--lib", str(library)).output
     assert "Ollama's own llama-server is in place" in run("remove", "--lib", str(library)).output
     assert names(library) == {NAME}
+    (library / NAME).unlink()
+    assert "there is no llama-server here" in run("remove", "--lib", str(library)).output
 
 
 def test_status_is_json_for_programs(library, run):

@@ -417,4 +417,4 @@ def test_a_misspelled_variable_and_an_unknown_gpu_are_said_by_the_doctor(stage, 
         texts = [finding["text"] for finding in json.loads(said.stdout)["findings"]]
         assert "LOPSIDED_CONTXT is no setting, and has no effect; did you mean 'LOPSIDED_CONTEXT'?" in texts
         assert "LOPSIDED_BOOST is no setting, and has no effect; did you mean 'OLLAMA_SCHED_COMPUTE_BOOST'?" in texts
-        assert f"{it.file}: a rule names the GPU 'RTX 4090', which is not here: it counts as not said" in texts
+        assert f"{it.file}: a rule names the GPU 'RTX 4090', which is not here: that part of the rule is ignored" in texts
