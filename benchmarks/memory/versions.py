@@ -55,11 +55,11 @@ def main() -> None:
     print("# Loads that b11434 and b10488 size differently\n")
     print(
         f"Of {len(theirs)} loads {rows} differ by more than 1 MiB: weights in {differing['weights']}, caches in"
-        f" {differing['context']}, compute buffers in {differing['compute']}. Each cell is one load: MiB of compute by b11434 minus"
-        " those by b10488, on each GPU in order and last on the host; – where nothing differs. The columns are `solo` (one GPU),"
-        " `layer`, `layer13` and `layer31` (two GPUs, shares 1:1, 1:3 and 3:1) and `part20` (20 layers on one GPU, the rest on the"
-        " CPU). b10488 (`tests/data/memory/models.json`) is what Ollama 0.32 ships and what the memory model follows. Made by"
-        " `python benchmarks/memory/versions.py > docs/memory-rows.md`.\n"
+        f" {differing['context']}, compute buffers in {differing['compute']}. Each cell is one load: MiB of compute by b11434"
+        " minus those by b10488, on each GPU in order and last on the host; – where nothing differs. The columns are `solo` (one"
+        " GPU), `layer`, `layer13` and `layer31` (two GPUs, shares 1:1, 1:3 and 3:1) and `part20` (20 layers on one GPU, the rest"
+        " on the CPU). b10488 (`tests/data/memory/models.json`) is what Ollama 0.32 ships and what the memory model follows."
+        " Made by `python benchmarks/memory/versions.py > docs/memory-rows.md`.\n"
     )
     print("| model | context | micro-batch | cache | " + " | ".join(SPLITS) + " |")
     print("|---|--:|--:|---|" + "--:|" * len(SPLITS))
