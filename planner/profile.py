@@ -85,8 +85,8 @@ class ModelProfile:
 
     ``input_bytes`` stay on the host. ``output_bytes`` go with the output layer; ``tied_bytes`` of them are the embedding, loaded
     a second time as the output matrix, which costs nothing where the output layer is on the host too. ``model_tensors`` are those
-    of no repeating layer by name, ``layer_tensors`` those of each by what stands behind ``blk.N.``; ``tensor_kinds`` holds for each
-    layer the first one whose tensors have the same names, types and shapes.
+    of no repeating layer by name, ``layer_tensors`` those of each by what stands behind ``blk.N.``; ``tensor_kinds`` holds for
+    each layer the first one whose tensors have the same names, types and shapes.
     """
 
     architecture: str
