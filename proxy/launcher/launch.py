@@ -171,8 +171,7 @@ def visible_devices(request: LaunchRequest, rig: Rig | None, order: DeviceOrder 
     if cuda and visible is not None:
         by_pci = request.environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
         gpus = _visible(cuda, visible, order or DeviceOrder(), by_pci=by_pci)
-        if len(gpus) == len(visible.split(",")):  # else the devices after the unknown one would be taken for others
-            known = {f"CUDA{number}": gpu for number, gpu in enumerate(gpus)}
+        known = {f"CUDA{number}": gpu for number, gpu in enumerate(gpus)}
     others = {name: gpu for name, gpu in zip(device_names(rig), rig.gpus, strict=True) if gpu.library != CUDA} if rig else {}
     if request.devices is not None:
         listed = rig_of(request.devices, known={**known, **others}, host=Host())
@@ -183,18 +182,21 @@ def visible_devices(request: LaunchRequest, rig: Rig | None, order: DeviceOrder 
 
 
 def _visible(cuda: Sequence[Gpu], visible: str, order: DeviceOrder, *, by_pci: bool) -> Sequence[Gpu]:
-    """What Ollama's ``visible`` means, of ``cuda``, which stand in Ollama's order.
+    """What Ollama's ``visible`` means, of ``cuda``, which stand in Ollama's order; nothing where an entry means none of them.
 
     Where the user hides or turns cards by their numbers, Ollama goes on to write those numbers, while the rig has the visible
     cards alone, in the order in which they are named.
     """
+    entries = [entry.strip() for entry in visible.split(",")]
     own = [entry.strip() for entry in (order.visible or "").split(",")]
-    if not any(entry.isdecimal() for entry in own):
-        return in_ollama_order(cuda, DeviceOrder(by_pci=True, visible=visible)) if by_pci else visible_gpus(cuda, visible)
-    if order.names or order.by_pci != by_pci or len(own) != len(cuda):
-        return ()
-    named = dict(zip(own, cuda, strict=True))
-    return [named[entry] for part in visible.split(",") if (entry := part.strip()) in named]
+    if any(entry.isdecimal() for entry in own):
+        if order.names or order.by_pci != by_pci or len(own) != len(cuda):
+            return ()
+        named = dict(zip(own, cuda, strict=True))
+        return [named[entry] for entry in entries] if named.keys() >= set(entries) else ()
+    found = in_ollama_order(cuda, DeviceOrder(by_pci=True, visible=visible)) if by_pci else visible_gpus(cuda, visible)
+    counted = entries == [str(number) for number in range(len(entries))]  # none hidden: a profile may leave out the last ones
+    return found if counted or len(found) == len(entries) else ()
 
 
 def plan_request(request: LaunchRequest, base: PlanRequest) -> PlanRequest:

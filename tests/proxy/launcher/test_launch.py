@@ -185,13 +185,21 @@ def test_the_list_is_needed_where_nothing_else_tells():
     assert visible(RIG, CUDA_VISIBLE_DEVICES="0", LLAMA_ARG_RPC="10.0.0.7:50052") is None
 
 
-@pytest.mark.parametrize("visible_cards", ["1,2", "2", "0,1,2", "0,-1", "GPU-other,GPU-fast", "GPU-fast,GPU-"])
+@pytest.mark.parametrize("visible_cards", ["1,2", "2", "0,2", "0,-1", "GPU-other,GPU-fast", "GPU-fast,GPU-"])
 @pytest.mark.parametrize("pci", [{}, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}])
 def test_an_entry_that_means_no_card_of_the_rig_leaves_none_to_guess(visible_cards, pci):
     """Ollama counts a card that lopsided does not see: what llama-server calls CUDA0 need not be the first one known."""
     assert visible(RIG, CUDA_VISIBLE_DEVICES=visible_cards, **pci) is None
     listing = "Available devices:%0A  CUDA0: NVIDIA H200 (9 MiB, 9 MiB free)%0A"
     assert visible(RIG, CUDA_VISIBLE_DEVICES=visible_cards, DEVICES=listing, **pci) == {"CUDA0": "CUDA0"}
+
+
+@pytest.mark.parametrize("pci", [{}, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}])
+def test_cards_behind_those_of_the_rig_are_left_out(pci):
+    """Ollama counts from the first card on, and hides none."""
+    rig = Rig(gpus=(replace(FAST, pci_id=None),))
+    assert visible(rig, CUDA_VISIBLE_DEVICES="0,1", **pci) == {"CUDA0": "GPU-fast"}
+    assert visible(rig, DeviceOrder(visible="1", by_pci=bool(pci)), CUDA_VISIBLE_DEVICES="0,1", **pci) is None
 
 
 PROFILE = Rig(gpus=tuple(replace(card, pci_id=None) for card in (FAST, SLOW)))
