@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,7 +33,7 @@ from planner.runnersup import with_runners_up
 from proxy.config.rulefile import RuleFile, read_rules
 from proxy.config.settings import CACHE_TYPES, Settings, load_settings, settings_file, unknown_variables
 from proxy.doctor import Sight, judge, judge_rules, look
-from proxy.errors import GpuError, LopsidedError, SettingsError, UpstreamError
+from proxy.errors import GgufError, GpuError, LopsidedError, SettingsError, UpstreamError
 from proxy.estimate import Count, estimate_command
 from proxy.gpus import GpuSource
 from proxy.gpus.nvml import NvmlSource
@@ -45,7 +46,7 @@ from proxy.learning.measurements import FILE_NAME as MEASUREMENTS_FILE
 from proxy.learning.measurements import Measurements
 from proxy.ollama.options import era_of
 from proxy.planjson import devices_json, launcher_arguments, plan_json, quantization_json
-from proxy.planning import plan_for
+from proxy.planning import is_file, plan_for
 from proxy.plans.loading import MAX_TOKENS
 from proxy.statefile import StateFile
 from proxy.tables import (
@@ -200,6 +201,8 @@ def plan(
     """
     settings = load_settings(**_given(num_parallel=parallel, kv_cache_type=kv_type, boost=boost))
     options = {"num_ctx": ctx, "num_batch": batch}
+    if is_file(model) and not Path(model).is_file():  # said before what may be wrong with the GPUs
+        raise GgufError(f"{model}: no such file")
     planner = LearnedPlanner(planner=make_plan, measurements=open_measurements(settings), objective=settings.objective)
     rig = with_cards(_rig(settings, cards), added)
     file = RuleFile(settings_file() if rules else None)

@@ -30,13 +30,16 @@ free = "23700MiB"
 
 
 def plan_block(folder: Path) -> str:
-    """What ``lopsided plan`` prints for a 70B on a rig that is written down, and for two other quantizations of it."""
+    """What ``lopsided plan`` prints for a 70B on a rig that is written down, and for two other quantizations of it.
+
+    The model is asked for by its file here, which stands for the one that an Ollama has by its name.
+    """
     profile = folder / "rig.toml"
     profile.write_text(RIG)
     model = ROOT / "proxy" / "simulator" / "models" / "llama3.3-70b-q4km.gguf"
     done = printed("plan", str(model), "--ctx", "8192", "--quant", "Q3_K_M,Q5_K_M", LOPSIDED_PROFILE=str(profile))
     kept = [line for line in done.splitlines() if "header only" not in line]
-    return "```\n" + "\n".join(kept).strip() + "\n```\n"
+    return "```\n" + "\n".join(kept).strip().replace(model.name, "llama3.3:70b") + "\n```\n"
 
 
 def printed(*arguments: str, **environment: str) -> str:

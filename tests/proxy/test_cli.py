@@ -128,6 +128,7 @@ def test_bad_usage_ends_with_2_and_says_what_is_allowed(arguments, environment, 
     ("arguments", "said"),
     [
         (["plan", "missing.gguf", *PAIR], "missing.gguf: no such file"),
+        (["plan", "missing.gguf"], "missing.gguf: no such file"),
         (["plan", "README.md", *PAIR], "README.md"),
         (["plan", LLAMA_70B, "--gpu", "RTX 9999"], "no card is known as 'RTX 9999'"),
         (["plan", LLAMA_70B, "--gpu", "RTX 3090:99GiB"], "RTX 3090"),
