@@ -91,6 +91,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that lacks ≥ gets ?, not an error
+    if os.environ.get("COLUMNS") == "0":  # as some pseudo-terminals say that they don't know: rich would print nothing
+        del os.environ["COLUMNS"]
 
 
 gpu_option = click.option(

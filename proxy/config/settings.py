@@ -74,7 +74,7 @@ def _ollama_host(value: Any) -> Any:
 def _askable(address: Address) -> Address:
     """``address`` if requests can be sent to it; Ollama takes any text for a host."""
     try:
-        _ = httpx.URL(address.url).host
+        _ = httpx.URL(address.url).host, address.host.encode("idna")  # as the resolver has it
     except (httpx.InvalidURL, ValueError) as error:  # UnicodeError, for a name that IDNA does not know
         raise ValueError("host:port, with http:// or https:// or without, and no user's name") from error
     return address

@@ -272,6 +272,11 @@ def test_tables_fit_a_terminal_of_80_columns_and_lose_nothing():
     assert re.search(r"^ mistral-small:24b +16384 ", printed[2].stdout, re.MULTILINE)
 
 
+def test_a_terminal_of_no_columns_is_one_of_unknown_width():
+    for arguments in (("devices", *PAIR), ("plan", LLAMA_70B, *PAIR), ("estimate", LLAMA_70B, "--ctx", "4096")):
+        assert len(lopsided(*arguments, COLUMNS="0").stdout) > 100
+
+
 def test_a_model_of_the_ollama_behind_the_proxy_is_planned_by_its_name(ollama):
     by_name = answer("plan", "llama3.3:70b", *PAIR, "--ctx", "8192", LOPSIDED_UPSTREAM=ollama)
     by_file = answer("plan", LLAMA_70B, *PAIR, "--ctx", "8192")

@@ -94,6 +94,8 @@ def test_a_proxy_that_would_ask_itself_is_refused(monkeypatch, value):
         ("LOPSIDED_HOST", "127.0.0.1:99999", "a port from 0 to 65535"),
         ("LOPSIDED_HOST", "https://127.0.0.1:1", "without https"),
         ("LOPSIDED_HOST", "xn--zzzzzz--:1", "host:port"),
+        ("LOPSIDED_HOST", "a" * 64 + ":1", "host:port"),
+        ("LOPSIDED_UPSTREAM", "a" * 64 + ":1", "host:port"),
         ("LOPSIDED_STATE", "~nobody-of-that-name/x", "a path"),
         ("LOPSIDED_PROFILE", "~nobody-of-that-name/x", "a path"),
         ("LOPSIDED_TOKEN_FILE", "~nobody-of-that-name/x", "a path"),
