@@ -184,8 +184,8 @@ class Proxy:
                         and is_out_of_memory(500, seen.decode(errors="replace"))
                         and (instead := await self.placements.after_failure(decision))
                     ):
+                        decision = instead  # first of all: it is the one that is done, should the client leave now
                         await response.aclose()
-                        decision = instead
                         self.calibrator.end(watch)
                         watch = self.calibrator.begin(decision, wanted)
                         continue

@@ -54,11 +54,15 @@ log = logging.getLogger("lopsided.placement")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """What one request gets. To be handed back to :meth:`Placements.done` when the request is over."""
+    """What one request gets. To be handed back to :meth:`Placements.done` when the request is over.
+
+    ``level`` is how careful the launcher's answers for the model had become by then.
+    """
 
     delivery: Delivery
     in_force: InForce | None = None
     request: LoadRequest | None = None
+    level: int = 0
 
 
 class Placements:
@@ -146,19 +150,16 @@ class Placements:
         failed = decision.in_force
         if failed is None or decision.request is None:
             return None
-        if self._launches.failed(blob_name(failed.blob)):  # also where the launcher was first seen by this very load
-            return await self._again(decision, decision.request)  # the same request, and another answer to the launcher
-        if not failed.delivery.options:
-            return None
-        slot = self._slots[failed.blob]
-        if self._failures.add(failed):
-            log.warning("%s: %s ran out of memory", failed.model, failed.delivery.text)
-        if slot.current is failed:
-            slot.current = None
-        return await self._again(decision, decision.request)
-
-    async def _again(self, decision: Decision, request: LoadRequest) -> Decision:
-        instead = await self.decide(request)
+        blob = blob_name(failed.blob)
+        # the launcher's next answer is another: also where it was first seen by this very load, or by another that failed
+        if not self._launches.failed(blob) and self._launches.level(blob) <= decision.level:
+            if not failed.delivery.options:
+                return None
+            if self._failures.add(failed):
+                log.warning("%s: %s ran out of memory", failed.model, failed.delivery.text)
+            if (slot := self._slots[failed.blob]).current is failed:
+                slot.current = None
+        instead = await self.decide(decision.request)
         self.done(decision, loaded=False)  # not before: a client that leaves meanwhile has it called for this decision
         return instead
 
@@ -238,10 +239,10 @@ class Placements:
             return None
         return self._use(slot, slot.current, request)
 
-    @staticmethod
-    def _use(slot: Slot, in_force: InForce, request: LoadRequest) -> Decision:
+    def _use(self, slot: Slot, in_force: InForce, request: LoadRequest) -> Decision:
         slot.users += 1
-        return Decision(delivery=in_force.delivery, in_force=in_force, request=request)
+        level = self._launches.level(blob_name(in_force.blob))
+        return Decision(delivery=in_force.delivery, in_force=in_force, request=request, level=level)
 
     def _holds(self, slot: Slot, num_ctx: int | None, rule: Rule) -> bool:
         """Whether the slot's placement is in force beyond doubt, without asking anybody; during a request it always is."""

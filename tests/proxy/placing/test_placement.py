@@ -396,6 +396,18 @@ async def test_the_launchers_answer_to_a_load_that_nobody_expected_it_for_is_tri
     assert launches.careful("b", 1024) == 1
 
 
+async def test_all_who_waited_for_the_launchers_answer_try_again_once():
+    # shows: the first to hear of the failure does not take the second try from the others, and it ends
+    launches = Launches(lambda: 0.0)
+    placements = fixed_placements(launches=launches)
+    launches.asked("b", spread=True)
+    waiting = [await placements.decide(load_request(1024)) for _ in range(2)]
+    launches.given("b", ("--device", "CUDA1,CUDA0"), 1024)
+    again = [await placements.after_failure(decision) for decision in waiting]
+    assert [decision.level for decision in again] == [1, 1]
+    assert [await placements.after_failure(decision) for decision in again] == [None, None]
+
+
 async def test_a_client_that_leaves_after_a_failure_is_counted_out_once():
     # shows: a request under way still keeps its placement, whoever left while it was planned again
     clock = iter(range(1000))
