@@ -61,7 +61,7 @@ class FeedForward(Operations):
             return result
         return self._routed(x, chosen, weights)
 
-    def _foreign_experts(self) -> int:
+    def foreign_experts(self) -> int:
         """The experts alone, on another device than their layer: what they read arrives with the first weight that needs it."""
         return self._routed(None, None, None)
 

@@ -7,10 +7,7 @@ architecture made of known parts needs no code here. Activations are F32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
-
-from planner.cache import LayerCache, is_recurrent
+from planner.cache import is_recurrent
 from planner.feedforward import FeedForward
 from planner.inputs import (
     DEEPSTACK,
@@ -20,12 +17,9 @@ from planner.inputs import (
     PER_LAYER,
     PERMUTED,
     RESIDUAL,
-    Scale,
     deepstack_layers,
 )
-from planner.profile import ModelProfile
 from planner.recurrent import Recurrent
-from planner.tape import Size
 from planner.traits import (
     LATE_OUTPUTS,
     PROJECTS_LATE,
@@ -35,60 +29,18 @@ from planner.traits import (
 
 
 class LayerGraph(Recurrent, FeedForward):
-    """Writes the tape of one repeating layer; ``result`` is the tensor that the next layer reads.
+    """Writes the tape of one repeating layer."""
 
-    * ``last``: the model's last layer, which goes on with the tokens of the output alone.
-    * ``offloaded``: the layer lies in RAM; its weights and its cache are copied over as they are needed (``op_offload``).
-    * ``host_experts``: only the routed experts lie in RAM.
-    * ``normed``: the first norm came from the device before.
-    * ``has_states``, ``fetches_states``: a Mamba layer's convolution states are fetched by the layer before that mixes tokens.
-    * ``pipelined``: the device keeps copies of all that comes from elsewhere.
-    * ``experts``: ``away``: they lie in RAM and the first device computes them; ``only``: this is that device's share of it.
-    * ``borrowed``: names of the copies of another layer's keys and values, where its cache lies elsewhere.
-    * ``per_layer``: the name of what holds its per-layer embeddings.
-    * ``brings``: sizes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
-    """
+    def write(self, *, last: bool, normed: bool) -> int:
+        """Writes all of it; returns the tensor that the next layer reads.
 
-    def __init__(
-        self,
-        profile: ModelProfile,
-        index: int,
-        cache: LayerCache,
-        scale: Scale,
-        *,
-        last: bool = False,
-        offloaded: bool = False,
-        host_experts: bool = False,
-        normed: bool = False,
-        brings: Mapping[int, Size] | None = None,
-        has_states: bool = False,
-        fetches_states: bool = False,
-        pipelined: bool = False,
-        experts: Literal["here", "away", "only"] = "here",
-        borrowed: tuple[int, ...] = (),
-        per_layer: int = PER_LAYER,
-    ) -> None:
-        super().__init__(
-            profile,
-            index,
-            cache,
-            scale,
-            offloaded=offloaded,
-            host_experts=host_experts,
-            brings=brings,
-            has_states=has_states,
-            fetches_states=fetches_states,
-            pipelined=pipelined,
-            experts=experts,
-            borrowed=borrowed,
-            per_layer=per_layer,
-        )
-        if experts == "only":
-            self.result = self._foreign_experts()
-            return
-        self.result = self._layer(last=last, normed=normed)
+        * ``last``: the model's last layer, which goes on with the tokens of the output alone.
+        * ``normed``: the first norm came from the device before.
+        """
+        result = self._layer(last=last, normed=normed)
         for name in tuple(self._brings):
             self._bring(name)
+        return result
 
     def _mix(self, x: int) -> int | None:
         """The part of a layer that looks at other tokens."""

@@ -6,7 +6,6 @@ Those of ``llm_graph_context::build_{lora_mm,norm,rs}`` (``src/llama-graph.cpp``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from planner.cache import LayerCache
 from planner.families import family_of
@@ -35,7 +34,16 @@ from planner.traits import (
 
 
 class Operations:
-    """A tape with the operations that all parts of a layer are made of; ``LayerGraph`` says what the arguments mean."""
+    """A tape with the operations that all parts of a layer are made of.
+
+    * ``offloaded``: the layer lies in RAM; its weights and its cache are copied over as they are needed (``op_offload``).
+    * ``host_experts``: only the routed experts lie in RAM; ``experts_away``: and the first device computes them.
+    * ``has_states``, ``fetches_states``: a Mamba layer's convolution states are fetched by the layer before that mixes tokens.
+    * ``pipelined``: the device keeps copies of all that comes from elsewhere.
+    * ``borrowed``: names of the copies of another layer's keys and values, where its cache lies elsewhere.
+    * ``per_layer``: the name of what holds its per-layer embeddings.
+    * ``brings``: sizes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
+    """
 
     def __init__(
         self,
@@ -50,7 +58,7 @@ class Operations:
         has_states: bool = False,
         fetches_states: bool = False,
         pipelined: bool = False,
-        experts: Literal["here", "away", "only"] = "here",
+        experts_away: bool = False,
         borrowed: tuple[int, ...] = (),
         per_layer: int = PER_LAYER,
     ) -> None:
@@ -82,7 +90,7 @@ class Operations:
         self._projects_late = self._parallel and profile.architecture in PROJECTS_LATE
         self._attends_beside_state = attends_beside_state(self._weights)
         self._unprojected = self._projects_late or self._attends_beside_state
-        self._experts_away = experts == "away"
+        self._experts_away = experts_away
 
     def _has(self, *names: str) -> bool:
         return not self._stems.isdisjoint(names)

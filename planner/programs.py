@@ -104,7 +104,7 @@ class Programs:
         per_layer: int,
         kept: frozenset[int],
     ) -> Program:
-        """A layer; ``kept`` are the inputs that are still read after it, the rest is as in ``LayerGraph``."""
+        """A layer; ``kept`` are the inputs that are still read after it, the rest is as in ``LayerGraph`` and its ``write``."""
         last = i == self._n - 1
         where = (offloaded, host_experts, experts_away, normed, pipelined and self._scale.attention == "host")
         key = (self._kinds[i], last, where, brings, has_states, fetches_states, borrowed, per_layer)
@@ -115,11 +115,9 @@ class Programs:
                 i,
                 self._caches[i],
                 self._scale,
-                last=last,
                 offloaded=offloaded,
                 host_experts=host_experts,
-                experts="away" if experts_away else "here",
-                normed=normed,
+                experts_away=experts_away,
                 brings={name: self._sizes[name] for name in brings},
                 has_states=has_states,
                 fetches_states=fetches_states,
@@ -127,7 +125,8 @@ class Programs:
                 borrowed=borrowed,
                 per_layer=per_layer,
             )
-            recorded = self._recorded[key] = graph.tape, {RESIDUAL: graph.result, **graph.brought}, graph.tape.names(), {}
+            result = graph.write(last=last, normed=normed)
+            recorded = self._recorded[key] = graph.tape, {RESIDUAL: result, **graph.brought}, graph.tape.names(), {}
         tape, exports, names, made = recorded
         kept &= names
         found = made.get(kept)
@@ -139,8 +138,8 @@ class Programs:
         """The routed experts of a layer of another device, whose weights lie in RAM."""
         key = ("experts", self._kinds[i])
         if key not in self._made:
-            graph = LayerGraph(self._profile, i, self._caches[i], self._scale, host_experts=True, experts="only")
-            graph.tape.use(graph.result)
+            graph = LayerGraph(self._profile, i, self._caches[i], self._scale, host_experts=True)
+            graph.tape.use(graph.foreign_experts())
             self._made[key] = graph.tape.compile({}, sizes=self._sizes, kept=frozenset(self._sizes))
         return self._made[key]
 
