@@ -37,14 +37,8 @@ class Allocator:
 
     @property
     def state(self) -> State:
-        """The holes, to be compared with another moment's or gone back to."""
+        """The holes, to be compared with another moment's or gone on from."""
         return tuple(self._offsets), tuple(self._sizes)
-
-    def restore(self, state: State, peak: int) -> None:
-        """Go on from another moment's holes; ``peak`` is what was used on the way there."""
-        self._offsets, self._sizes = list(state[0]), list(state[1])
-        self._empty_holes = 0 in self._sizes
-        self.peak = max(self.peak, peak)
 
     def allocate(self, size: int) -> int:
         """Offset of a new tensor of ``size`` bytes (``ggml_dyn_tallocr_alloc``)."""
