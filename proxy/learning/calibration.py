@@ -174,7 +174,7 @@ class Calibrator:
         return dict(zip(SPEED_FIELDS, values, strict=True))
 
     async def aclose(self) -> None:
-        """Writes what is not written yet."""
+        """Writes what was taken in and is not written yet; up to ``HEARD_KEPT`` answers that still wait are lost."""
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()

@@ -30,8 +30,8 @@ _TOO_LARGE = (
 _TEXT = b'{"error":"lopsided: the request\'s headers are larger than %d bytes"}' % HEAD_LIMIT_BYTES
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with that bound."""
+class StrictProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, as strict as Go's in all of that."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import httptools
 
-from proxy.wire.heads import BoundedProtocol
+from proxy.wire.heads import StrictProtocol
 
 
-class PlainProtocol(BoundedProtocol):
+class PlainProtocol(StrictProtocol):
     """uvicorn's protocol for a server that upgrades to nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
