@@ -54,7 +54,8 @@ class Allocator:
         else:
             offsets[best] += size
             sizes[best] -= size
-        self.peak = max(self.peak, offset + size)
+        if offset + size > self.peak:
+            self.peak = offset + size
         return offset
 
     def free(self, offset: int, size: int) -> None:

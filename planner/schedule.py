@@ -124,6 +124,9 @@ class Schedules:
         self._fetched_behind, self._fetched_behind_any = profile.remember(
             "fetched behind", None, lambda: _fetched_behind(profile)
         )
+        self._scans_on_host = profile.remember(
+            "scans on the host", None, lambda: {i for i in set(self._kinds) if not scans_on_gpu(profile, i)}
+        )
         self._programs = Programs(profile, scale)
         self._parts: dict[DevicePart, Schedule] = {}
         self._alikes: dict[object, Schedule] = {}
@@ -198,8 +201,10 @@ class Schedules:
         inputs: list[int] = []
         borrowed = {} if part.copies > 1 else self._borrowed(part)
         if not part.visitors:
-            for i in own:
-                if part.first and any(host < i for host in part.host_experts):
+            until = min(part.host_experts, default=self._n) if part.first else self._n
+            alike = not borrowed and not self._has(PER_LAYER)  # then a layer reads what another of its kind does
+            for i in sorted({(self._kinds[i], i == self._n - 1): i for i in reversed(own)}.values()) if alike else own:
+                if i > until:
                     break  # what comes later is copied along with weights from RAM
                 inputs += self._copied_to(i, borrowed.get(i, ()))
                 inputs += [slice_name(i)] if self._has(PER_LAYER) and not part.first and part.copies == 1 else []
@@ -243,13 +248,19 @@ class Schedules:
         sliced = self._has(PER_LAYER) and not part.first and not pinned
         first_reader: dict[int, int] = {}
         last_reader: dict[int, int] = {}
-        for i in everything:
-            reads = self._reads(i, visiting=i in part.visitors, cpu_layers=part.visitors.stop)
-            for name in (*reads, *borrowed.get(i, ())):
-                first_reader.setdefault(name, i)
-                last_reader[name] = i
-            if sliced:
-                last_reader[slice_name(i)] = i
+        all_reads = [
+            (i, self._reads(i, visiting=i in part.visitors, cpu_layers=part.visitors.stop) + borrowed.get(i, ()))
+            for i in everything
+        ]
+        for found, readers in ((first_reader, all_reads), (last_reader, all_reads[::-1])):
+            seen = set()
+            for i, reads in readers:
+                if reads not in seen:
+                    seen.add(reads)
+                    for name in reads:
+                        found.setdefault(name, i)
+        if sliced:
+            last_reader |= {slice_name(i): i for i in everything}
         if late_output:
             last_reader[OUTPUT_ROWS] = self._n
             first_reader.setdefault(OUTPUT_ROWS, self._n)
@@ -261,8 +272,16 @@ class Schedules:
             waiting = {name for name in first_reader if first_reader[name] > stops[0]} - {PER_LAYER, DEEPSTACK}
         everything_given = self.host_inputs.union(last_reader)  # a visitor may read what this device has no copy of
         ends = set(last_reader.values())
+        fetchers = set(fetched.values())
         programs = []
+        usual: dict[tuple[int, bool, bool], Program] = {}  # of layers beside which nothing begins or ends
+        special = {*part.visitors, *part.host_experts, *ends, *borrowed, *everything[:1], 0, self._n - 1}
         for i in everything:
+            key = (self._kinds[i], i in fetched, i in fetchers)
+            ordinary = i not in special and not sliced and not self._sparse
+            if ordinary and key in usual:
+                programs.append(usual[key])
+                continue
             begins = i == everything[0]
             visits = i in part.visitors
             brings = {name for name in waiting if first_reader[name] == i and visits}
@@ -286,13 +305,15 @@ class Schedules:
                     normed=begins and normed,
                     brings=tuple(name for name in first_reader if name in brings),
                     has_states=i in fetched,
-                    fetches_states=i in fetched.values(),
+                    fetches_states=i in fetchers,
                     pipelined=pinned,
                     borrowed=borrowed.get(i, ()),
                     per_layer=slice_name(i) if sliced else PER_LAYER,
                     kept=kept,
                 )
             )
+            if ordinary:
+                usual[key] = programs[-1]
             programs += [self._programs.release(ZEROS - i)] if self._sparse else []
         return programs
 
@@ -363,7 +384,10 @@ class Schedules:
         Attention that CUDA cannot fuse, with its queries, keys and values; a Mamba layer's scan that CUDA has no kernel for, with
         its states.
         """
-        scale, found = self._scale, []
+        scale = self._scale
+        found: list[tuple[int, Size]] = []
+        if scale.attention != "host" and not self._scans_on_host:
+            return found
         for i in range(layers.start, min(layers.stop, self._n)):
             cache = self._caches[i]
             if cache.attends and scale.attention == "host":
@@ -373,7 +397,7 @@ class Schedules:
                 queries, _ = attention_features(self._profile, cache, i)
                 copied = queries * scale.tokens * F32, ((0, growth) if cache.windowed else (growth, 0))
                 found.append((self._attended_bytes(i), copied))
-            if cache.state_elements and not scans_on_gpu(self._profile, i):
+            if self._kinds[i] in self._scans_on_host:
                 profile = self._profile
                 inner, state = profile.integer("ssm.inner_size"), profile.integer("ssm.state_size")
                 states = inner * state * scale.sequences
