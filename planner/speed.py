@@ -216,7 +216,8 @@ def work_at(profile: ModelProfile, settings: LoadSettings, context_tokens: int) 
         layer.weights_bytes - layer.expert_bytes + expert + cache
         for layer, expert, cache in zip(profile.layers, experts, caches, strict=True)
     )
-    elements = [_elements(tensors, share) for tensors in profile.layer_tensors]
+    of_kind = {kind: _elements(profile.layer_tensors[kind], share) for kind in set(profile.tensor_kinds)}
+    elements = [of_kind[kind] for kind in profile.tensor_kinds]
     flops = tuple(2.0 * (dense + expert / EXPERT_FLOPS_SHARE) for dense, expert in elements)
     weights = tuple(layer.weights_bytes for layer in profile.layers)
     return Work(

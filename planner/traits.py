@@ -75,11 +75,12 @@ def next_early(profile: ModelProfile, index: int) -> int | None:
 
 
 def _all_next_early(profile: ModelProfile) -> tuple[int | None, ...]:
-    tensors = profile.layer_tensors
+    tensors, kinds = profile.layer_tensors, profile.tensor_kinds
+    early = {kind for kind in set(kinds) if fetches_early(tensors[kind])}
     found: list[int | None] = [None] * profile.n_layers
     for i in reversed(range(profile.n_computed_layers - 1)):
-        if "ffn_gate_inp.weight" not in tensors[i]:
-            found[i] = i + 1 if fetches_early(tensors[i + 1]) else found[i + 1]
+        if early and "ffn_gate_inp.weight" not in tensors[i]:
+            found[i] = i + 1 if kinds[i + 1] in early else found[i + 1]
     return tuple(found)
 
 
