@@ -44,9 +44,9 @@ class Allocator:
         """Offset of a new tensor of ``size`` bytes (``ggml_dyn_tallocr_alloc``)."""
         offsets, sizes = self._offsets, self._sizes
         best, best_size = len(sizes) - 1, _ENDLESS
-        for i in range(len(sizes) - 1):
-            if size <= sizes[i] <= best_size:
-                best, best_size = i, sizes[i]
+        for i, hole in enumerate(sizes):
+            if size <= hole <= best_size:
+                best, best_size = i, hole
         offset = offsets[best]
         if sizes[best] == size:
             del offsets[best], sizes[best]

@@ -71,7 +71,7 @@ class ComputeModel:
             slots[name] = heap.allocate(self._size(size))
             for _ in range(schedule.copies - 1):
                 heap.allocate(self._size(size))
-        moment, peak = (heap.state, tuple(sorted(slots.items()))), heap.peak
+        moment, peak = (heap.state, tuple(slots.items())), heap.peak
         for program, times in schedule.programs:
             for _ in range(times):
                 before = moment
@@ -93,7 +93,7 @@ class ComputeModel:
             replay(heap, steps, slots)
             for name, source in program.exports:
                 slots[name] = slots.pop(source)
-            found = self._transitions[program, moment] = (heap.state, tuple(sorted(slots.items()))), heap.peak
+            found = self._transitions[program, moment] = (heap.state, tuple(slots.items())), heap.peak
         return found
 
 

@@ -5,6 +5,9 @@ Nothing here knows which layers share a device: ``schedule`` puts programs in or
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from planner.allocator import RELEASE
 from planner.cache import layer_caches
 from planner.families import family_of
 from planner.graph import LayerGraph
@@ -21,10 +24,9 @@ from planner.inputs import (
     Scale,
     deepstack_layers,
     embedding_bytes,
-    input_sizes,
 )
 from planner.profile import ModelProfile
-from planner.tape import STEADY, Program, Tape
+from planner.tape import STEADY, Program, Size, Tape
 from planner.traits import LATE_OUTPUTS, SPARSE_GEMMA3N_LAYERS
 
 UNSHIFTED_LAYER_NORMS = frozenset({"cohere2", "command-r", "dbrx", "mpt"})
@@ -34,13 +36,13 @@ UNSHIFTED_LAYER_NORMS = frozenset({"cohere2", "command-r", "dbrx", "mpt"})
 class Programs:
     """Programs of one model at one scale, each made once."""
 
-    def __init__(self, profile: ModelProfile, scale: Scale) -> None:
+    def __init__(self, profile: ModelProfile, scale: Scale, sizes: Mapping[int, Size]) -> None:
         self._profile = profile
         self._scale = scale
         self._caches = layer_caches(profile)
         self._kinds = layer_kinds(profile)
         self._n = profile.n_computed_layers
-        self._sizes = input_sizes(profile, scale)
+        self._sizes = sizes
         self._embedding_bytes = embedding_bytes(profile, scale)
         self._has_per_layer = self._sizes[PER_LAYER] != (0, STEADY)
         self._made: dict[object, Program] = {}
@@ -147,9 +149,7 @@ class Programs:
         """A leaf of the graph is read for the last time."""
         key = ("release", name)
         if key not in self._made:
-            tape = Tape()
-            tape.use(name)
-            self._made[key] = tape.compile({}, sizes={name: self._sizes[name]})
+            self._made[key] = Program(steps=((RELEASE, name, self._sizes[name][0]),), growing=(), exports=())
         return self._made[key]
 
     def handed_over(self, *, norm: bool) -> Program:

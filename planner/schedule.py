@@ -120,14 +120,14 @@ class Schedules:
         self._lends = any(cache.borrows_cache for cache in self._caches)
         self._width = profile.embedding_length * F32
         self._sparse = sparse_cells(profile) > 0
-        self._owners = [i for i in range(self._n) if self._caches[i].owns_cache]
+        self._last_owners = {cache.windowed: i for i, cache in enumerate(self._caches[: self._n]) if cache.owns_cache}
         self._fetched_behind, self._fetched_behind_any = profile.remember(
             "fetched behind", None, lambda: _fetched_behind(profile)
         )
         self._scans_on_host = profile.remember(
             "scans on the host", None, lambda: {i for i in set(self._kinds) if not scans_on_gpu(profile, i)}
         )
-        self._programs = Programs(profile, scale)
+        self._programs = Programs(profile, scale, self.sizes)
         self._parts: dict[DevicePart, Schedule] = {}
         self._alikes: dict[object, Schedule] = {}
         self._read_by: dict[tuple[int, bool, bool, bool], tuple[int, ...]] = {}
@@ -354,15 +354,13 @@ class Schedules:
 
     def _borrowed(self, part: DevicePart) -> dict[int, tuple[int, ...]]:
         """Layers that read another's cache, which lies elsewhere (Gemma 3n, Gemma 4): names of their copies of it."""
-        owners = self._owners
         if not self._lends or self._scale.attention == "host":
             return {}
         found: dict[int, tuple[int, ...]] = {}
         for i in part.layers:
-            if i < self._n and (cache := self._caches[i]).borrows_cache:
-                owner = max(j for j in owners if self._caches[j].windowed == cache.windowed)
-                if owner not in part.layers:
-                    found[i] = borrowed_names(i)
+            borrows = i < self._n and self._caches[i].borrows_cache
+            if borrows and self._last_owners[self._caches[i].windowed] not in part.layers:
+                found[i] = borrowed_names(i)
         return found
 
     def _pinned_copies(self, part: DevicePart) -> list[Size]:
