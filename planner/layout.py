@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 
 from planner.balance import device_cost, protect_output_layer, redistribute_heavy_layers, target_imbalance
 from planner.contiguous import is_contiguous, nearest_contiguous, to_placement
@@ -29,6 +29,9 @@ from planner.power import (
     raw_powers,
 )
 from planner.units import GIB
+
+MOST_GROUPS = 64
+"""Groups of several GPUs that the boost algorithm tries: all of them for up to six GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,12 +119,15 @@ def _boosted_fit(
 
 
 def _groups(total_bytes: int, gpus: Sequence[Gpu], usable: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The best GPU alone, then two, … of those whose memory may hold it, the strongest of each number first; all at last."""
+    """The best GPU alone, then two, … of those whose memory may hold it, the strongest of each number first; all at last.
+
+    Of several no more than ``MOST_GROUPS``: sixteen GPUs have 65,000, and none may hold layers that are as large as a card.
+    """
     if (alone := best_gpu_for_pcie(gpus, usable, total_bytes)) is not None:
         yield (alone,)
     ranked = by_compute_power(gpus)
-    for count in range(2, len(ranked)):
-        yield from (group for group in combinations(ranked, count) if sum(usable[gpu] for gpu in group) >= total_bytes)
+    several = (group for count in range(2, len(ranked)) for group in combinations(ranked, count))
+    yield from islice((group for group in several if sum(usable[gpu] for gpu in group) >= total_bytes), MOST_GROUPS)
     yield ranked
 
 
