@@ -11,7 +11,7 @@ from planner.allocator import Allocator, State, Step, replay
 from planner.cache import layer_caches
 from planner.inputs import cells_of, scale_of
 from planner.profile import ModelProfile
-from planner.schedule import DevicePart, Schedule, schedules_of
+from planner.schedule import PARTS_KEPT, DevicePart, Schedule, schedules_of
 from planner.settings import LoadSettings
 from planner.tape import Program, Size, size_at
 from planner.traits import next_early
@@ -40,6 +40,9 @@ class ComputeModel:
         schedule = self._schedules.of(part)
         found = self._known.get(schedule)
         if found is None:
+            if len(self._known) >= PARTS_KEPT:
+                self._known.clear()
+                self._transitions.clear()
             found = self._known[schedule] = self._replay(schedule)
         return found
 

@@ -103,6 +103,10 @@ class Schedule:
     programs: tuple[tuple[Program, int], ...]
 
 
+PARTS_KEPT = 512
+"""Schedules that are kept: more than one search looks at."""
+
+
 class Schedules:
     """Schedules of one model at one scale. Results are kept; make one with ``schedules_of``."""
 
@@ -140,6 +144,9 @@ class Schedules:
         """The schedule of a device."""
         found = self._parts.get(part)
         if found is None:
+            if len(self._parts) >= PARTS_KEPT:  # a server plans for years, each time with other free memory
+                self._parts.clear()
+                self._alikes.clear()
             alike = self._alike(part)
             if alike not in self._alikes:
                 self._alikes[alike] = self._schedule(part)

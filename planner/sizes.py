@@ -34,12 +34,12 @@ class Sizes:
 
     def compute_bytes(self, placement: Placement) -> tuple[int, ...]:
         """The compute buffer of each device in ``placement.order``."""
-        key = ("compute_bytes", self.settings, *_role(placement))
-        known: tuple[int, ...] | None = self.profile.memo.get(key)
-        if known is None:
+
+        def made() -> tuple[int, ...]:
             devices = estimate_memory(self.profile, self.settings, placement).devices
-            known = self.profile.memo[key] = tuple(devices[gpu].compute_bytes for gpu in placement.order)
-        return known
+            return tuple(devices[gpu].compute_bytes for gpu in placement.order)
+
+        return self.profile.remember("compute_bytes", (self.settings, *_role(placement)), made)
 
 
 def _role(placement: Placement) -> tuple[int, bool, bool, bool]:

@@ -199,11 +199,8 @@ class Work:
 
 def model_work(profile: ModelProfile, settings: LoadSettings) -> Work:
     """The work of ``profile`` with ``CONTEXT_TOKENS`` in the context (fewer where it is smaller); kept with the profile."""
-    key = ("work", replace(settings, num_ctx=min(settings.num_ctx, CONTEXT_TOKENS), parallel=1, batch=1, ubatch=1))
-    if (known := profile.memo.get(key)) is not None:
-        return known  # type: ignore[no-any-return]
-    work = profile.memo[key] = work_at(profile, settings, CONTEXT_TOKENS)
-    return work
+    key = replace(settings, num_ctx=min(settings.num_ctx, CONTEXT_TOKENS), parallel=1, batch=1, ubatch=1)
+    return profile.remember("work", key, lambda: work_at(profile, settings, CONTEXT_TOKENS))
 
 
 def work_at(profile: ModelProfile, settings: LoadSettings, context_tokens: int) -> Work:

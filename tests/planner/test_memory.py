@@ -13,8 +13,10 @@ from planner.cache import cache_bytes
 from planner.memory import estimate_memory
 from planner.placement import Placement, on_cpu, solo
 from planner.profile import ModelProfile, build_profile
+from planner.schedule import PARTS_KEPT
 from planner.settings import LoadSettings
 from planner.units import MIB
+from tests.planner import models
 from tests.planner.measured import DATA, Difference, differences, estimate_of, profile_of, read_table
 
 TABLES = ("models", "families", "caches", "spills", "variety")
@@ -266,3 +268,16 @@ def test_more_context_never_costs_less(profile: ModelProfile, ctx: int, ubatch: 
     assert less.kv_bytes <= more.kv_bytes
     profile.memo.clear()
     assert estimate_memory(profile, load, placement).devices[0] == less
+
+
+def test_what_estimates_keep_is_bounded() -> None:
+    """A server plans for years, for any context and split that clients and free memory bring about."""
+    profile = models.header("llama3.3-70b-q4km")
+    for first in range(1, 40):
+        for second in range(1, 41 - first):
+            layers = (first, second, 80 - first - second)
+            placement = Placement(layers=layers, order=(0, 1, 2), output_gpu=2)
+            estimate_memory(profile, LoadSettings(num_ctx=4096), placement, runtime_bytes=(0, 0, 0))
+    schedules = next(iter(profile.memo["schedules"].values()))
+    assert len(schedules._parts) <= PARTS_KEPT
+    assert all(len(model._known) <= PARTS_KEPT for model in profile.memo["compute"].values())
