@@ -35,7 +35,7 @@ fuzz: $(STAMP)  ## ten minutes of damaged files and requests (SECONDS=600), guid
 
 audit: $(STAMP)  ## known vulnerabilities of the pinned dependencies, from PyPI's database
 	@$(BIN)/uv tool run pip-audit --strict --disable-pip --require-hashes --requirement requirements/runtime.lock || \
-		{ echo "Not audited, or not clean: see above. The data is pypi.org's own; a mirror has none, and then nothing was checked."; exit 1; }
+		{ echo "Not audited, or not clean: see above. The data is PyPI's own; a mirror has none, and then nothing was checked."; exit 1; }
 
 lint: $(STAMP)  ## ruff's rules and formatting, nothing changed
 	@$(BIN)/ruff check .
