@@ -37,8 +37,8 @@ ENCODERS = frozenset(
 UNTIED = ENCODERS | {"bitnet"}
 """Architectures whose embedding is not loaded a second time: BitNet multiplies with the one on the host."""
 
-REMEMBERED = 128
-"""Results of a kind that a profile keeps: more contexts than one search asks for."""
+REMEMBERED = 32
+"""Results of a kind that a profile keeps: about as many contexts as one search asks for."""
 
 T = TypeVar("T")
 
