@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.measure import pci_ids, run_server, running, settled_mib, used_mib, wait_until_loaded
+from benchmarks.gpu.measure import pci_ids, prompt, run_server, running, settled_mib, used_mib, wait_until_loaded
 from benchmarks.gpu.measure import post as complete
 from benchmarks.gpu.models import SAMPLING, SHAPES, write
 from benchmarks.gpu.ollama import clean_environment, get, lopsided, make_store, make_tree, post, process, unload
@@ -52,7 +52,7 @@ UNFILLED_MIB = (66000, 66000)
 STILL_S = 2.0
 """How long the GPUs must have been at rest before a case begins. After a model is unloaded, Ollama opens them a few times more,
 for about a second each, to see that its memory is free again."""
-SHARES = (0.38, 0.44)
+SHARES = (0.39, 0.45)
 """What ``--hold auto`` leaves of the second GPU's decode rate, for each model anew: a hold slows small and sparse ones more."""
 
 
@@ -189,7 +189,7 @@ def sweep(bench: Bench, name: str) -> None:
                 arguments,
                 environment=bench.server_environment,
                 log_path=bench.work / f"{name}.{split}.log",
-                runs=RUNS,
+                runs=case.get("runs", RUNS),
                 answer_tokens=case.get("answer_tokens", ANSWER_TOKENS),
                 sampling=SAMPLING,
                 idle=bench.idle,
@@ -219,9 +219,9 @@ def through_ollama(url: str, case: dict[str, Any], log: Path, bench: Bench) -> d
         before, begin = used_mib(), log.stat().st_size
         row["load_s"] = ask(url, model, num_ctx, "one two", 4, threads)["load_duration"] / 1e9
         answers = []
-        for run in range(RUNS):
-            prompt = " ".join(f"{chr(97 + (run + i) % 26)}{chr(97 + i // 26 % 26)}" for i in range(PROMPT_WORDS))
-            answers.append(ask(url, model, num_ctx, prompt, answer_tokens, threads))
+        for run in range(case.get("runs", RUNS)):
+            words = " ".join(f"{chr(97 + (run + i) % 26)}{chr(97 + i // 26 % 26)}" for i in range(PROMPT_WORDS))
+            answers.append(ask(url, model, num_ctx, words, answer_tokens, threads))
             if (written := answers[-1].get("eval_count", 0)) < answer_tokens / 2:
                 raise RuntimeError(f"an answer of {written} tokens, {answers[-1].get('done_reason') or 'not done'}")
         row["decode_runs"] = [a["eval_count"] / a["eval_duration"] * 1e9 for a in answers]
@@ -381,7 +381,10 @@ def build_tools(work: Path) -> None:
 
 
 def tuned(bench: Bench, name: str) -> int:
-    """How many SMs to hold so that the second GPU decodes the model ``name`` at ``SHARES`` of its own rate, by trying."""
+    """How many SMs to hold so that the second GPU decodes the model ``name`` at ``SHARES`` of its own rate, by trying.
+
+    After a prompt as long as the cases' own: a hold slows attention most, and that grows with the context.
+    """
     arguments = ["-c", "4096", "-b", "512", "-ub", "512", "-np", "1", "-ngl", "999", "--fit", "off", "--split-mode", "none"]
     arguments += ["--main-gpu", "0", "--device", f"{bench.args.device}1"]
     model, rates = str(bench.models / f"{name}.gguf"), {}
@@ -395,14 +398,14 @@ def tuned(bench: Bench, name: str) -> int:
         def rate(sms: int) -> float:
             bench.hold(sms)
             time.sleep(0.5)
-            body = {"prompt": "a b", "n_predict": 48, "ignore_eos": True, "cache_prompt": False, **SAMPLING}
-            return float(complete(port, "/completion", body, timeout_s=15)["timings"]["predicted_per_second"])  # type: ignore[index]
+            body = {"prompt": prompt(0), "n_predict": 48, "ignore_eos": True, "cache_prompt": True, **SAMPLING}
+            return float(complete(port, "/completion", body, timeout_s=20)["timings"]["predicted_per_second"])  # type: ignore[index]
 
         rate(0)
         free = rate(0)
         low, high = 0, sms_of_second() or 132  # all of them would leave next to nothing
         sms = high - 6  # what two H200 needed
-        for _ in range(7):
+        while sms not in rates:
             try:
                 rates[sms] = rate(sms) / free
             except OSError:

@@ -111,12 +111,16 @@ def running(
             process.kill()
 
 
+def prompt(run: int) -> list[int]:
+    """Of 2048 tokens, different in each run."""
+    return [1000 + (7 * run + 13 * i) % 20000 for i in range(PROMPT_TOKENS)]
+
+
 def rates(port: int, runs: int, answer_tokens: int, sampling: Mapping[str, float]) -> dict[str, object]:
     """Medians of ``runs`` runs: a prompt of 2048 tokens, then the answer, none of it from the prompt cache."""
     decode, prefill = [], []
     for run in range(runs):
-        prompt = [1000 + (7 * run + 13 * i) % 20000 for i in range(PROMPT_TOKENS)]
-        body = {"prompt": prompt, "n_predict": answer_tokens, "cache_prompt": False, "ignore_eos": True, **sampling}
+        body = {"prompt": prompt(run), "n_predict": answer_tokens, "cache_prompt": False, "ignore_eos": True, **sampling}
         timings = post(port, "/completion", body)["timings"]
         assert isinstance(timings, dict)
         decode.append(timings["predicted_per_second"])
