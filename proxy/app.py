@@ -244,6 +244,7 @@ def create_app(
         order=order,
         planner=learned,
         in_force=lambda: [in_force.blob for in_force in placements.in_force()],
+        live=placements.drafts.live,
     )
     calibrator = Calibrator(measurements, learned, placements, off=not settings.calibration)
     derived = Derived(ollama=ollama, catalog=catalog, enabled=settings.v1)

@@ -62,9 +62,10 @@ log = logging.getLogger("lopsided.launcher")
 class Launching:
     """Answers the launcher.
 
-    ``rig`` reads the GPUs and raises ``GpuError``; ``order`` is what is known of Ollama's device order; ``injected`` has the
-    options that lopsided itself put into the requests for a blob, ``in_force`` the blobs of models that are taken to be loaded;
-    ``clock`` is monotonic, in seconds.
+    ``rig`` reads the GPUs and raises ``GpuError``; it is ``live`` where it tells what is free beside all that is loaded, else the
+    launcher is asked for that. ``order`` is what is known of Ollama's device order; ``injected`` has the options that lopsided
+    itself put into the requests for a blob, ``in_force`` the blobs of models that are taken to be loaded; ``clock`` is
+    monotonic, in seconds.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Launching:
         order: DeviceOrder | None = None,
         planner: Planner = make_plan,
         in_force: Callable[[], Collection[str]] = tuple,
+        live: bool = True,
         clock: Callable[[], float] = time.monotonic,
         answer_s: float = ANSWER_S,
     ) -> None:
@@ -93,6 +95,7 @@ class Launching:
         self._order = order
         self._plans_for = RuledPlans(catalog=catalog, rules=self._rules, settings=settings, planner=planner)
         self._in_force = in_force
+        self._live = live
         self._clock = clock
         self._answer_s = answer_s
         self._profiles: OrderedDict[tuple[str, int, int], ModelProfile] = OrderedDict()
@@ -139,7 +142,7 @@ class Launching:
         except GpuError:
             rig = None
         devices = visible_devices(request, rig, self._order)
-        if devices is None and request.devices is None:
+        if request.devices is None and (devices is None or not self._live):
             return ask_for_devices()
         devices = _allowed(request, devices or {})
         if not devices:

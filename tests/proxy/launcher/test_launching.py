@@ -372,6 +372,14 @@ def test_free_memory_is_as_the_cards_have_it_at_the_launch(machine):
     assert machine.appended("phi4:14b", context=4096)[:2] == ("--device", "CUDA1")
 
 
+def test_a_profile_does_not_say_what_is_free_at_the_launch(tmp_path):
+    """It describes cards and does not watch them: what other models hold, only the list tells. It may hold some back itself."""
+    with make_machine(tmp_path, source=StaticSource(RIG)) as machine:
+        lines = ("CUDA0: RTX 5090 (32606 MiB, 0 MiB free)", "CUDA1: RTX 3090 (24259 MiB, 24000 MiB free)")
+        (machine.library.path / "devices").write_text("".join(f"  {line}\n" for line in lines))
+        assert machine.appended("phi4:14b", context=4096)[:2] == ("--device", "CUDA1")
+
+
 def test_a_launcher_elsewhere_needs_the_token_and_a_right_host_is_not_enough():
     settings = load_settings(host="127.0.0.1:11435", upstream="http://127.0.0.1:1", token="s3cret")
 
