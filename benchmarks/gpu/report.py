@@ -31,7 +31,7 @@ from planner.units import MIB
 from proxy.gpus.static import StaticSource
 
 DEVICES = ("CUDA0", "CUDA1")
-RIG = StaticSource.from_arguments(["H100 80GB HBM3"] * 2).rig()
+RIG = StaticSource.from_arguments(["H200"] * 2).rig()
 """What docs/benchmarks.md was measured on. Of other cards the solo rows tell the rates; this still sizes a layer's fixed cost."""
 TOKENS = 2048 + 64 // 2
 """Tokens in the context, halfway through an answer."""
@@ -131,21 +131,15 @@ def shares(loads: Iterable[Load]) -> dict[str, float]:
     return {model: found[1] / found[0] for model, found in rates.items() if len(found) == 2}
 
 
-def predicted_decode(load: Load, calibration: Calibration | None, share: float | None = None) -> float | None:
-    """Tokens/s; ``None`` where a part on the CPU, unfused attention or an uncalibrated GPU makes it another question.
-
-    With ``share``, as if the second GPU had that part of the first's rates.
-    """
+def predicted_decode(load: Load, calibration: Calibration | None) -> float | None:
+    """Tokens/s; ``None`` where a part on the CPU, unfused attention or an uncalibrated GPU makes it another question."""
     if calibration is None or not load.settings.flash_attention or load.placement.kind not in ("solo", "split"):
         return None
     if load.row["case"].startswith("equal-"):
-        share = 1.0
-    if share is not None:
         first, second = (gpu.uuid for gpu in RIG.gpus)
         if first not in calibration.rates:
             return None
-        decode, prefill = calibration.rates[first]
-        calibration = Calibration(rates={first: (decode, prefill), second: (decode * share, prefill * share)})
+        calibration = Calibration(rates=dict.fromkeys((first, second), calibration.rates[first]))
     settings = LoadSettings(num_ctx=TOKENS, batch=load.settings.batch, ubatch=load.settings.ubatch)
     return predict_speed(known(load.row["model"]), RIG, settings, load.placement, calibration).decode_tokens_per_s
 
@@ -172,23 +166,33 @@ def table(title: str, loads: list[Load], failed: list[dict[str, Any]], learned: 
         yield f"| {row['way']} | {reason} | | | | | | | |"
 
 
-def times_stock_at(share: float, cases: dict[str, list[Load]], learned: dict[str, Calibration]) -> dict[str, float]:
-    """By case: decode of the automatic layers over that of stock's, calculated for a second GPU of ``share`` of the first."""
-    found = {}
-    for name, loads in cases.items():
-        predicted = {load.row["way"]: predicted_decode(load, learned.get(load.row["model"]), share) for load in loads}
-        automatic, stock = predicted.get("auto"), predicted.get("stock")
-        if automatic and stock and not name.startswith("equal-"):
-            found[name] = automatic / stock
-    return found
+def verdicts(cases: dict[str, list[Load]], failed: list[dict[str, Any]], learned: dict[str, Calibration]) -> Iterator[str]:
+    """Each promise, what was seen, and whether it is kept."""
+    loads = [load for found in cases.values() for load in found]
+    yield "| promise | seen | kept |\n|---|---|---|"
+    yield from _speeds(cases)
+    yield _predictions(loads, learned)
+    yield _bytes("buffers as llama-server prints them", [(load, pair) for load in loads for pair in load.parts])
+    yield _bytes("memory in use by NVML", [(load, pair) for load in loads for pair in load.used])
+    ours = [row for row in failed if not row["way"].startswith(("sweep", "stock"))]
+    ours += [load.row for load in loads if load.row.get("out_of_memory") and load.row["way"] != "stock"]
+    said = ", ".join(f"{row['case']} {row['way']}" for row in ours)
+    yield f"| no load behind lopsided failed, for memory or otherwise | {said or 'none did'} | {_kept([not ours])} |"
+    fits = sorted(load.row["fit_s"] for load in loads if load.row.get("fit_s"))
+    plans = sorted(seconds for load in loads for seconds in load.row.get("plan_s", ()))
+    if fits and plans:
+        yield (
+            f"| time to place a model | `--fit` {fits[0]:.2f} to {fits[-1]:.2f} s; a plan over HTTP {plans[0] * 1e3:.0f} "
+            f"to {plans[-1] * 1e3:.0f} ms, median {plans[len(plans) // 2] * 1e3:.0f} | |"
+        )
+    if reached := shares(loads):
+        said = ", ".join(f"{model} {part:.2f}" for model, part in reached.items())
+        yield f"| the second card's decode rate, as a part of the first's | {said} | |"
 
 
-def verdicts(
-    cases: dict[str, list[Load]], failed: list[dict[str, Any]], learned: dict[str, Calibration], share: float | None = None
-) -> Iterator[str]:
-    """Each promise, what was seen, and whether it is kept; ``share`` as in ``times_stock_at``."""
+def _speeds(cases: dict[str, list[Load]]) -> Iterator[str]:
+    """The automatic plan beside the sweep's best and beside stock."""
     best_of_sweep, of_stock = {}, {}
-    errors, buffers, nvml = [], [], []
     for name, loads in cases.items():
         by_way = {load.row["way"]: load.row["decode"] for load in loads}
         sweep = [decode for way, decode in by_way.items() if way.startswith("sweep")]
@@ -196,51 +200,34 @@ def verdicts(
             best_of_sweep[name] = by_way["auto"] / max(sweep)
         if "auto" in by_way and "stock" in by_way:
             of_stock[name] = by_way["auto"] / by_way["stock"]
-        for load in loads:
-            predicted = predicted_decode(load, learned.get(load.row["model"]))
-            if predicted and not name.startswith("solo-"):
-                errors.append((abs(predicted / load.row["decode"] - 1), f"{name} {load.row['way']}"))
-            for pairs, found in ((load.parts, buffers), (load.used, nvml)):
-                found += [(abs(is_ - was), abs(is_ / was - 1), f"{name} {load.row['way']}") for was, is_ in pairs if was]
-    yield "| promise | seen | kept |\n|---|---|---|"
     for what, ratios, least in (
         ("automatic ≥ 0.97 × the best of the sweep", best_of_sweep, dict.fromkeys(best_of_sweep, 0.97)),
         ("automatic ≥ 0.99 × stock", of_stock, dict.fromkeys(of_stock, 0.99)),
         *((f"*{name}*: automatic ≥ {least} × stock", of_stock, {name: least}) for name, least in TIMES_STOCK.items()),
     ):
-        said = ", ".join(f"{name} {ratios[name]:.2f}" for name in least if name in ratios)
+        said = ", ".join(f"{name} {ratios[name]:.3f}" for name in least if name in ratios)
         kept = [ratios[name] >= bound for name, bound in least.items() if name in ratios]
         yield f"| {what} | {said or 'not run'} | {_kept(kept)} |"
-    yield (
-        f"| decode predicted within 10 % | {sum(e <= 0.1 for e, _ in errors)} of {len(errors)}{_worst(errors)} "
-        f"| {_kept([e <= 0.1 for e, _ in errors])} |"
-    )
-    for what, found in (("buffers as llama-server prints them", buffers), ("memory in use by NVML", nvml)):
-        fine = [mib <= 128 or part <= 0.02 for mib, part, _ in found]
-        mib, part, where = max(found, default=(0.0, 0.0, "not run"))
-        yield (
-            f"| {what}, within 2 % or 128 MiB | {sum(fine)} of {len(found)}; worst {mib:.0f} MiB ({part:.1%}), {where} "
-            f"| {_kept(fine)} |"
-        )
-    ours = [row for row in failed if not row["way"].startswith(("sweep", "stock"))]
-    ours += [
-        load.row for loads in cases.values() for load in loads if load.row.get("out_of_memory") and load.row["way"] != "stock"
-    ]
-    said = ", ".join(f"{row['case']} {row['way']}" for row in ours)
-    yield f"| no load behind lopsided failed, for memory or otherwise | {said or 'none did'} | {_kept([not ours])} |"
-    fits = sorted(load.row["fit_s"] for loads in cases.values() for load in loads if load.row.get("fit_s"))
-    plans = sorted(t for loads in cases.values() for load in loads for t in load.row.get("plan_s", ()))
-    if fits and plans:
-        yield (
-            f"| time to place a model | `--fit` {fits[0]:.2f} to {fits[-1]:.2f} s; a plan over HTTP {plans[0] * 1e3:.0f} "
-            f"to {plans[-1] * 1e3:.0f} ms, median {plans[len(plans) // 2] * 1e3:.0f} | |"
-        )
-    if reached := shares(load for loads in cases.values() for load in loads):
-        said = ", ".join(f"{model} {part:.2f}" for model, part in reached.items())
-        yield f"| the second card's decode rate, as a part of the first's | {said} | |"
-    if share is not None:
-        said = ", ".join(f"{name} {times:.2f}" for name, times in times_stock_at(share, cases, learned).items())
-        yield f"| automatic × stock, the same layers, calculated for a second card of {share} | {said} | |"
+
+
+def _predictions(loads: Iterable[Load], learned: dict[str, Calibration]) -> str:
+    """Predicted decode of every load but those that it was learned from."""
+    errors = []
+    for load in loads:
+        predicted = predicted_decode(load, learned.get(load.row["model"]))
+        if predicted and not load.row["case"].startswith("solo-"):
+            errors.append((abs(predicted / load.row["decode"] - 1), f"{load.row['case']} {load.row['way']}"))
+    fine = [error <= 0.1 for error, _ in errors]
+    return f"| decode predicted within 10 % | {sum(fine)} of {len(fine)}{_worst(errors)} | {_kept(fine)} |"
+
+
+def _bytes(what: str, found: list[tuple[Load, tuple[float, float]]]) -> str:
+    """Measured and predicted MiB of every device."""
+    errors = [(abs(is_ - was), abs(is_ / was - 1), f"{load.row['case']} {load.row['way']}") for load, (was, is_) in found if was]
+    fine = [mib <= 128 or part <= 0.02 for mib, part, _ in errors]
+    mib, part, where = max(errors, default=(0.0, 0.0, "not run"))
+    said = f"{sum(fine)} of {len(fine)}; worst {mib:.0f} MiB ({part:.1%}), {where}"
+    return f"| {what}, within 2 % or 128 MiB | {said} | {_kept(fine)} |"
 
 
 def _kept(each: list[bool]) -> str:
@@ -255,7 +242,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--cases", type=Path, default=Path(__file__).parent / "cases.toml")
-    parser.add_argument("--share", type=float, help="say what it would be if the second card had so much of the first's rate")
     args = parser.parse_args()
     titles = {name: case["title"] for name, case in tomllib.loads(args.cases.read_text()).items()}
     cases: dict[str, list[Load]] = {}
@@ -269,7 +255,7 @@ def main() -> None:
         except (ValueError, KeyError, IndexError) as error:
             print(f"<!-- {row['case']} {row['way']}: {error!r} -->")
     learned = calibrations(load for loads in cases.values() for load in loads)
-    print("\n".join(verdicts(cases, [row for rows in failed.values() for row in rows], learned, args.share)))
+    print("\n".join(verdicts(cases, [row for rows in failed.values() for row in rows], learned)))
     for name, title in titles.items():
         if name in cases or name in failed:
             print("\n".join(table(f"{name}: {title}", cases.get(name, []), failed.get(name, []), learned)))

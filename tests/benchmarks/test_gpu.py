@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gpu import measure
 from benchmarks.gpu.models import HEAD, SCALE, SHAPES, profile, tensors
 from benchmarks.gpu.ollama import make_store
-from benchmarks.gpu.report import Load, calibrations, times_stock_at, understood, verdicts
+from benchmarks.gpu.report import Load, calibrations, understood, verdicts
 from benchmarks.gpu.serverlog import last_load, placement_of
 from planner.settings import LoadSettings
 
@@ -75,23 +75,6 @@ def test_the_report_judges_measured_rows() -> None:
     said = "\n".join(verdicts(cases | {"moe": [*cases["moe"], *slower]}, [], calibrations(loads)))
     assert "| automatic ≥ 0.97 × the best of the sweep | moe 0." in said
     assert "**no**" in said
-
-
-def test_what_the_cards_would_be_at_another_ratio_is_calculated() -> None:
-    """Two H100 with an 8B, all of it on one card or on the other: just the ratio. Equal cards are predicted alike."""
-    rows = json.loads((Path(__file__).parents[1] / "data" / "two_h100.json").read_text())["rows"]
-    cases: dict[str, list[Load]] = {"solo-8b": [], "slow-card": [], "equal-slow-card": []}
-    for row in rows:
-        if row["case"] in cases:
-            words = row["args"].split()
-            order = words[words.index("--device") + 1].split(",")
-            way = {"CUDA0": "auto", "CUDA1": "stock"}.get(",".join(order), "sweep")
-            cases[row["case"]].append(understood(row | {"way": way, "args": words, "order": order}))
-    learned = calibrations(load for loads in cases.values() for load in loads)
-    assert times_stock_at(0.42, cases, learned)["slow-card"] == pytest.approx(1 / 0.42)
-    said = "\n".join(verdicts(cases, [], learned, 0.42))
-    assert "decode predicted within 10 % | 7 of 7" in said
-    assert "calculated for a second card of 0.42 |" in said
 
 
 def test_gpus_must_have_been_at_rest_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

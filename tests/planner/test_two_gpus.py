@@ -1,4 +1,4 @@
-"""The planner against 81 real loads: llama-server b10488 on two H200 and two H100, the second held back (``benchmarks/gpu``)."""
+"""The planner against real loads of llama-server b10488 on two pairs of H200 and one of H100, the second card held back."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ def rows(pair: str) -> list[dict[str, Any]]:
 
 
 ROWS = rows("two_h200")
-ALL = ROWS + rows("two_h100")
+ALL = ROWS + rows("two_h100") + rows("two_h200_tuned")
 RIG = models.rig(*(models.gpu(name, 140_000, gb_per_s=4800, capability=(9, 0)) for name in ("first", "second")))
 RIGS = {
     "two_h200": RIG,
+    "two_h200_tuned": RIG,
     "two_h100": models.rig(*(models.gpu(name, 80_000, gb_per_s=3352, capability=(9, 0)) for name in ("first", "second"))),
 }
-CONTEXT_BYTES = {"two_h200": 527 * MIB, "two_h100": 523 * MIB}
-"""What a process takes on a GPU of which it uses nothing."""
+CONTEXT_BYTES = 523 * MIB
+"""The least that a process takes on a GPU of which it uses nothing: 523 to 527 MiB, by card and driver."""
 
 
 def profile(row: dict[str, Any]) -> ModelProfile:
@@ -103,11 +104,11 @@ def test_the_runtime_and_the_margin_cover_what_nvml_counts_beside_the_buffers(ro
     """After prompts and answers too, when cuBLAS has its workspace; a GPU that the load leaves alone has the context only."""
     for gpu, used_mib in enumerate(row["used_mib_after_runs"]):
         beside = used_mib - sum(row["buffers_mib"].get(f"CUDA{gpu}", {}).values())
-        assert CONTEXT_BYTES[row["pair"]] / MIB <= beside <= (RUNTIME_BYTES + MARGIN_BYTES) / MIB
+        assert CONTEXT_BYTES / MIB <= beside <= (RUNTIME_BYTES + MARGIN_BYTES) / MIB
 
 
 PAIRS = sorted({(row["pair"], row["model"]) for row in ALL})
-WITHIN = {"two_h200": (0.03, 0.11), "two_h100": (0.06, 0.12)}
+WITHIN = {"two_h200": (0.03, 0.11), "two_h200_tuned": (0.05, 0.12), "two_h100": (0.06, 0.12)}
 """Decode and prefill, relative."""
 
 
