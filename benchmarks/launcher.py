@@ -46,6 +46,14 @@ from proxy.simulator import Simulator, create_app, demo_models
 rig = StaticSource.from_file(Path(sys.argv[1])).rig()
 uvicorn.run(create_app(Simulator(rig, demo_models([sys.argv[2]]))), port=int(sys.argv[3]), log_level="error")
 """
+PROXY = """
+from types import SimpleNamespace
+from proxy import cli
+read = cli.gpu_source
+cli.gpu_source = lambda settings: SimpleNamespace(rig=read(settings).rig)
+cli.main(["serve"], prog_name="lopsided")
+"""
+"""The command, with the profile's cards taken for NVML's, whose free memory is what is free now."""
 START_S = 30.0
 
 
@@ -136,7 +144,6 @@ def planning(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     profile = folder / "rig.toml"
     profile.write_text(PROFILE)
     ollama, url = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    serve = ("-c", "from proxy.cli import main; main(prog_name='lopsided')", "serve")
     settings = {
         "LOPSIDED_HOST": url.removeprefix("http://"),
         "LOPSIDED_UPSTREAM": ollama,
@@ -150,7 +157,7 @@ def planning(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
 
     with (
         process(ollama, "-c", OLLAMA, str(profile), MODEL, ollama.rpartition(":")[2]),
-        process(url + "/lopsided/health", *serve, **settings),
+        process(url + "/lopsided/health", "-c", PROXY, **settings),
     ):
         yield url, seen
 
