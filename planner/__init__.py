@@ -5,9 +5,9 @@
 
 * ``hardware``, ``profile``, ``settings``, ``placement``: the vocabulary. A ``Rig`` has its GPUs in Ollama's order, a
   ``ModelProfile`` the bytes of each layer, ``LoadSettings`` context, batch, cache types, a ``Placement`` the GPU of each layer.
-* ``memory``: the bytes that a placement takes on each device (its parts: ``cache``, ``compute``, ``schedule``, ``programs``,
-  ``graph`` of ``operations``, ``attention``, ``recurrent``, ``feedforward`` and ``traits``, ``tape``, ``allocator``,
-  ``families``, ``quantization``); ``sizes`` answers the same for a search, in microseconds.
+* ``memory``: the bytes that a placement takes on each device (its parts: ``cache``, ``compute``, ``schedule``, ``exchange``,
+  ``programs``, ``graph`` of ``operations``, ``attention``, ``recurrent``, ``feedforward`` and ``traits``, ``tape``,
+  ``allocator``, ``families``, ``quantization``); ``sizes`` answers the same for a search, in microseconds.
 * ``speed``: the tokens per second of a placement, from the cards' data or learned rates (``Calibration``); ``observation`` and
   ``calibration`` learn them from answers.
 * ``fit`` and ``autofit``: how Ollama's two eras split layers; ``stock``: what stock Ollama does with a request.

@@ -5,7 +5,7 @@ That of ``llm_graph_context::build_{qkv,attn,attn_mha}`` (``src/llama-graph.cpp`
 
 from __future__ import annotations
 
-from planner.cache import is_recurrent, window_tokens
+from planner.cache import window_tokens
 from planner.inputs import (
     CHOICE_MASK,
     F16,
@@ -60,7 +60,7 @@ class Attention(Operations):
         self._fetch_states()
         if gate is not None:
             result = self._add(result, self._in_place(gate))
-        if self._has("attn_gate") and not is_recurrent(self._weights):
+        if self._has("attn_gate") and not self._recurrent:
             result = self._add(result, self._in_place(self._project("attn_gate", x)))
         if self._has("attn_sub_norm"):
             result = self._norm_view(result, self._out("attn_output"))
@@ -116,13 +116,13 @@ class Attention(Operations):
 
     def _rotated_view(self, x: int, whole: int, features: int, matrix: int) -> int:
         """The same of a part of a larger tensor, which has to be made contiguous first."""
-        if x == whole and self._rotation(matrix):
+        if x == whole and self._rotates_by(matrix):
             x = self._op(features, whole)
         return self._rotated(x, features, matrix)
 
     def _rotated(self, x: int, features: int, matrix: int) -> int:
         """Quantized caches hold values rotated by a Hadamard matrix (``llama_mul_mat_hadamard``)."""
-        if not self._rotation(matrix):
+        if not self._rotates_by(matrix):
             return x
         return self._op(features, x, self._bring(matrix))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from planner.families import Family, family_of
 from planner.profile import ModelProfile, Tensor
@@ -131,10 +132,7 @@ def is_recurrent(tensors: Mapping[str, Tensor]) -> bool:
 
 def layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
     """What each repeating layer keeps, one object for equal ones; computed once a profile."""
-    found: tuple[LayerCache, ...] | None = profile.memo.get("layer_caches")
-    if found is None:
-        found = profile.memo["layer_caches"] = _layer_caches(profile)
-    return found
+    return profile.remember("layer caches", None, lambda: _layer_caches(profile))
 
 
 def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
@@ -156,7 +154,6 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
     state = _state_elements(profile)
     has_cache = not {"encoder", "no_cache"} & family.features
     recurrent_kinds = {kind for kind in set(profile.tensor_kinds) if is_recurrent(profile.layer_tensors[kind])}
-    known_rows: dict[tuple[bool, bool, bool, bool, bool, int], LayerCache] = {}
 
     def row(windowed: bool, recurrent: bool, computed: bool, owner: bool, indexes: bool, heads: int) -> LayerCache:
         attends = bool(heads) and (not recurrent or "attention_and_state" in family.features or unknown)
@@ -172,14 +169,27 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
             borrows_cache=attends and computed and not owner and has_cache,
         )
 
-    rows: list[LayerCache] = []
-    for i, kind in enumerate(profile.tensor_kinds):
-        computed = i < profile.n_computed_layers
-        traits = (windowed[i], kind in recurrent_kinds, computed, i < owners, full_indexers[i], heads_kv[i])
-        if traits not in known_rows:
-            known_rows[traits] = row(*traits)
-        rows.append(known_rows[traits])
-    return tuple(rows)
+    n, computed = profile.n_layers, profile.n_computed_layers
+    traits = tuple(
+        zip(
+            windowed,
+            (kind in recurrent_kinds for kind in profile.tensor_kinds),
+            (i < computed for i in range(n)),
+            (i < owners for i in range(n)),
+            full_indexers,
+            heads_kv,
+            strict=True,
+        )
+    )
+    rows = {each: row(*each) for each in set(traits)}
+    return tuple(rows[each] for each in traits)
+
+
+def distinct_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
+    """Each cache that any layer keeps once."""
+    return profile.remember(
+        "distinct caches", None, lambda: tuple({id(cache): cache for cache in layer_caches(profile)}.values())
+    )
 
 
 def cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ...]:
@@ -187,11 +197,16 @@ def cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ...
     return profile.remember("cache_bytes", settings, lambda: _cache_bytes(profile, settings))
 
 
+def caches_before(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ...]:
+    """Bytes of what the repeating layers below each keep, and of all of them last: a run's is a difference of two."""
+    return profile.remember("caches_before", settings, lambda: tuple(accumulate(cache_bytes(profile, settings), initial=0)))
+
+
 def _cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ...]:
     k, v = ggml_type(settings.kv_type_k), ggml_type(settings.kv_type_v)
     full = sequence_ctx(settings) * settings.parallel
     window = window_cells(settings, window_tokens(profile)) * settings.parallel
-    caches = layer_caches(profile)
+    caches = distinct_caches(profile)
     # without flash attention V is stored transposed, in rows of one width (llama_kv_cache, TAG_V_CACHE_VARIABLE)
     widest = 0 if settings.flash_attention else max((c.value_elements for c in caches), default=0)
 
@@ -203,8 +218,5 @@ def _cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ..
             size += (window if cache.windowed else full) * row
         return size
 
-    known: dict[int, int] = {}
-    for cache in caches:
-        if id(cache) not in known:
-            known[id(cache)] = bytes_of(cache)
-    return tuple(known[id(cache)] for cache in caches)
+    bytes_by_id = {id(cache): bytes_of(cache) for cache in caches}
+    return tuple(bytes_by_id[id(cache)] for cache in layer_caches(profile))

@@ -7,11 +7,14 @@ soon, so that a hundred layers cost hardly more than three.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from planner.allocator import Allocator, State, Step, replay
 from planner.cache import layer_caches
+from planner.exchange import DevicePart
 from planner.inputs import cells_of, scale_of
 from planner.profile import ModelProfile
-from planner.schedule import PARTS_KEPT, DevicePart, Schedule, schedules_of
+from planner.schedule import PARTS_KEPT, Schedule, schedules_of
 from planner.settings import LoadSettings
 from planner.tape import Program, Size, size_at
 from planner.traits import next_early
@@ -19,8 +22,17 @@ from planner.traits import next_early
 PIPELINE_COPIES = 4
 """Copies of each input of a device with pipeline parallelism (``GGML_SCHED_MAX_COPIES`` in ``ggml/src/ggml-backend.cpp``)."""
 
-Moment = tuple[State, tuple[tuple[int, int], ...]]
-"""A buffer between two programs: its holes, and the offset of each living tensor by name."""
+
+class Moment:
+    """A buffer between two programs: its holes, and the offset of each living tensor by name. Two are equal only if the same."""
+
+    __slots__ = ("after", "slots", "state")
+
+    def __init__(self, state: State, slots: tuple[tuple[int, int], ...]) -> None:
+        self.state = state
+        self.slots = slots
+        self.after: dict[Program, tuple[Moment, int]] = {}
+        """By a program: the moment when it has run, and the highest byte used by then."""
 
 
 class ComputeModel:
@@ -32,37 +44,60 @@ class ComputeModel:
         self._schedules = schedules_of(profile, scale)
         self._n_layers = profile.n_computed_layers
         self._steps: dict[Program, tuple[Step, ...]] = {}
-        self._transitions: dict[tuple[Program, Moment], tuple[Moment, int]] = {}
-        self._known: dict[Schedule, int] = {}
+        self._moments: dict[tuple[State, tuple[tuple[int, int], ...]], Moment] = {}
+        self._begun: dict[Schedule, tuple[Moment, int]] = {}
+        self._known: dict[tuple[Schedule, tuple[int, ...]], int] = {}
+        self._host: dict[tuple[range, int], int] = {}
 
     def device_bytes(self, part: DevicePart) -> int:
         """Bytes of the compute buffer of a device."""
-        schedule = self._schedules.of(part)
-        found = self._known.get(schedule)
+        key = self._schedules.of(part)
+        found = self._known.get(key)
         if found is None:
             if len(self._known) >= PARTS_KEPT:
                 self._known.clear()
-                self._transitions.clear()
-            found = self._known[schedule] = self._replay(schedule)
+                self._begun.clear()
+                self._moments.clear()
+            found = self._known[key] = self._replay(*key)
         return found
 
     def host_bytes(self, *, visitors: range, copies: int) -> int:
         """Bytes of the host's compute buffer: the inputs, and what layers in RAM hand over for their caches."""
-        schedules = self._schedules
-        inputs = sum(self._size(schedules.sizes[name]) for name in schedules.host_inputs)
-        handed = max((self._size(schedules.handed(i, visitors.stop)) for i in visitors), default=0)
-        attended = [(result, self._size(copied)) for result, copied in schedules.on_host(range(visitors.stop, self._n_layers))]
+        known = self._host.get((visitors, copies))
+        if known is not None:
+            return known
+        exchange = self._schedules.exchange
+        inputs = sum(self._size(self._schedules.sizes[name]) for name in self._schedules.host_inputs)
+        handed = max((self._size(size) for size in exchange.handed(visitors)), default=0)
+        attended = [(result, self._size(copied)) for result, copied in exchange.on_host(range(visitors.stop, self._n_layers))]
         if copies > 1:
             inputs += sum(copied for _, copied in attended)
             handed = max((handed, *(result for result, _ in attended)))
         else:
             handed = max((handed, *(result + copied for result, copied in attended)))
-        return schedules.image_bytes + inputs * copies + max(schedules.arriving_bytes, handed)
+        if len(self._host) >= PARTS_KEPT:
+            self._host.clear()
+        found = exchange.image_bytes + inputs * copies + max(exchange.arriving_bytes, handed)
+        self._host[visitors, copies] = found
+        return found
 
     def _size(self, size: Size) -> int:
         return size_at(size, *self._cells)
 
-    def _replay(self, schedule: Schedule) -> int:
+    def _replay(self, schedule: Schedule, times: Sequence[int]) -> int:
+        moment, peak = self._begun.get(schedule) or self._begin(schedule)
+        for program, count in zip(schedule.programs, times, strict=True):
+            for _ in range(count):
+                before = moment
+                moment, highest = before.after.get(program) or self._run(program, before)
+                if highest > peak:
+                    peak = highest
+                if moment is before:  # as it will be after each repetition
+                    break
+        return peak
+
+    def _begin(self, schedule: Schedule) -> tuple[Moment, int]:
+        """The moment before the first program, and the highest byte used by then."""
         heap = Allocator()
         slots: dict[int, int] = {}
         for name, size in schedule.leaves:
@@ -71,33 +106,26 @@ class ComputeModel:
             for _ in range(schedule.copies):
                 heap.allocate(self._size(unnamed))
         for name, size in schedule.inputs:
-            slots[name] = heap.allocate(self._size(size))
-            for _ in range(schedule.copies - 1):
-                heap.allocate(self._size(size))
-        moment, peak = (heap.state, tuple(slots.items())), heap.peak
-        for program, times in schedule.programs:
-            for _ in range(times):
-                before = moment
-                moment, highest = self._after(program, before)
-                peak = max(peak, highest)
-                if moment == before:  # as it will be after each repetition
-                    break
-        return peak
-
-    def _after(self, program: Program, moment: Moment) -> tuple[Moment, int]:
-        """The buffer when a program has run, and the highest byte used by then."""
-        found = self._transitions.get((program, moment))
-        if found is None:
-            steps = self._steps.get(program)
-            if steps is None:
-                steps = self._steps[program] = program.at(*self._cells)
-            state, offsets = moment
-            heap, slots = Allocator(state), dict(offsets)
-            replay(heap, steps, slots)
-            for name, source in program.exports:
-                slots[name] = slots.pop(source)
-            found = self._transitions[program, moment] = (heap.state, tuple(slots.items())), heap.peak
+            for _ in range(schedule.copies):
+                slots.setdefault(name, heap.allocate(self._size(size)))
+        found = self._begun[schedule] = self._moment(heap, slots), heap.peak
         return found
+
+    def _run(self, program: Program, before: Moment) -> tuple[Moment, int]:
+        """The moment when a program has run, and the highest byte used by then."""
+        steps = self._steps.get(program)
+        if steps is None:
+            steps = self._steps[program] = program.at(*self._cells)
+        heap, slots = Allocator(before.state), dict(before.slots)
+        replay(heap, steps, slots)
+        for name, source in program.exports:
+            slots[name] = slots.pop(source)
+        found = before.after[program] = self._moment(heap, slots), heap.peak
+        return found
+
+    def _moment(self, heap: Allocator, slots: dict[int, int]) -> Moment:
+        key = heap.state, tuple(slots.items())
+        return self._moments.get(key) or self._moments.setdefault(key, Moment(*key))
 
 
 def compute_model(profile: ModelProfile, settings: LoadSettings, *, cpu_layers: int = 0) -> ComputeModel:

@@ -7,7 +7,6 @@ architecture made of known parts needs no code here. Activations are F32.
 
 from __future__ import annotations
 
-from planner.cache import is_recurrent
 from planner.feedforward import FeedForward
 from planner.inputs import (
     DEEPSTACK,
@@ -45,7 +44,7 @@ class LayerGraph(Recurrent, FeedForward):
     def _mix(self, x: int) -> int | None:
         """The part of a layer that looks at other tokens."""
         weights = self._weights
-        if is_recurrent(weights):
+        if self._recurrent:
             if any(name.startswith("time_mix_") for name in weights):
                 return self._rwkv(x)
             if self._has("shortconv.in_proj"):
@@ -78,7 +77,7 @@ class LayerGraph(Recurrent, FeedForward):
         else:
             cur = x
         attention_input = cur
-        recurrent = is_recurrent(self._weights)
+        recurrent = self._recurrent
         mixed = self._mix(cur)
         parallel = self._parallel
         if mixed is not None:

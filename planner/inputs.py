@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.allocator import align
-from planner.cache import SPARSE_INDEXER, LayerCache, layer_caches, sequence_ctx, ubatch_tokens, window_cells, window_tokens
+from planner.cache import (
+    SPARSE_INDEXER,
+    LayerCache,
+    distinct_caches,
+    layer_caches,
+    sequence_ctx,
+    ubatch_tokens,
+    window_cells,
+    window_tokens,
+)
 from planner.families import family_of
 from planner.profile import ModelProfile
 from planner.quantization import GgmlType, ggml_type
@@ -246,7 +255,8 @@ def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
     """Bytes of each input on a device, by name; 0 where a model has no such input."""
     mask_element = F16 if scale.fused else F32
     # without flash attention V is stored transposed, and each of its elements has an index (build_input_v_idxs)
-    widest = max((cache.value_elements for cache in layer_caches(profile)), default=1)
+    caches = distinct_caches(profile)
+    widest = max((cache.value_elements for cache in caches), default=1)
     indices = 1 + widest if scale.attention == "plain" else 2
     tokens, embedding = scale.tokens, embedding_bytes(profile, scale)
     per_layer = profile.integer("embedding_length_per_layer_input") * profile.n_layers
@@ -272,7 +282,8 @@ def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
     sizes[MASK - WINDOW] = (0, (0, tokens * mask_element))
     sizes[CHOICE_MASK] = (0, (tokens * F16, 0)) if sparse_cells(profile) else (0, STEADY)
     chosen = sparse_cells(profile)
-    for i, cache in enumerate(layer_caches(profile)):
+    named = chosen or per_layer or any(cache.borrows_cache for cache in caches)
+    for i, cache in enumerate(layer_caches(profile) if named else ()):
         if chosen:
             sizes[ZEROS - i] = align(chosen * tokens * F32), STEADY
         if per_layer:

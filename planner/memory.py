@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
-from planner.cache import cache_bytes
+from planner.cache import caches_before
 from planner.compute import PIPELINE_COPIES, compute_model
+from planner.exchange import DevicePart
 from planner.families import family_of
 from planner.inputs import F32
 from planner.placement import Placement
 from planner.profile import ModelProfile
-from planner.schedule import DevicePart
 from planner.settings import LoadSettings
 
 UNKNOWN_COMPUTE_FACTOR = 2
@@ -65,7 +64,7 @@ def estimate_memory(
     projector_gpu = min(placement.order, default=None)
     cpu_experts = frozenset(i for i in placement.cpu_experts if profile.layers[i].expert_bytes)  # others have nothing to move
     weights = profile.weights_before
-    caches = tuple(accumulate(cache_bytes(profile, settings), initial=0))
+    caches = caches_before(profile, settings)
     compute = compute_model(profile, settings, cpu_layers=placement.cpu_layers)
     visitors = range(min(placement.cpu_layers, profile.n_computed_layers))
     pipelined = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.cache import LayerCache
+from planner.cache import LayerCache, is_recurrent
 from planner.families import family_of
 from planner.inputs import (
     EXTRA_ROWS,
@@ -23,10 +23,9 @@ from planner.inputs import (
     WINDOW,
     Scale,
     convolution_state_elements,
-    rotation_bytes,
 )
 from planner.profile import ModelProfile, Tensor
-from planner.tape import Size, Tape
+from planner.tape import STEADY, Size, Tape
 from planner.traits import (
     PROJECTS_LATE,
     attends_beside_state,
@@ -42,7 +41,8 @@ class Operations:
     * ``pipelined``: the device keeps copies of all that comes from elsewhere.
     * ``borrowed``: names of the copies of another layer's keys and values, where its cache lies elsewhere.
     * ``per_layer``: the name of what holds its per-layer embeddings.
-    * ``brings``: sizes of inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
+    * ``brings``: inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
+    * ``sizes``: bytes of the inputs by name.
     """
 
     def __init__(
@@ -51,10 +51,11 @@ class Operations:
         index: int,
         cache: LayerCache,
         scale: Scale,
+        sizes: Mapping[int, Size],
         *,
         offloaded: bool = False,
         host_experts: bool = False,
-        brings: Mapping[int, Size] | None = None,
+        brings: tuple[int, ...] = (),
         has_states: bool = False,
         fetches_states: bool = False,
         pipelined: bool = False,
@@ -77,7 +78,8 @@ class Operations:
         offset = WINDOW if cache.windowed else 0
         self._mask, self._indices = MASK - offset, INDICES - offset
         self._key_rotation, self._value_rotation = KEY_ROTATION - offset, VALUE_ROTATION - offset
-        self._brings = dict(brings or {})
+        self._sizes = sizes
+        self._brings = dict.fromkeys(brings)
         self.brought: dict[int, int] = {}
         self._has_states = has_states
         self._fetches_states = fetches_states
@@ -88,7 +90,8 @@ class Operations:
         self._per_layer = per_layer
         self._parallel = self._feeds_forward_beside()
         self._projects_late = self._parallel and profile.architecture in PROJECTS_LATE
-        self._attends_beside_state = attends_beside_state(self._weights)
+        self._recurrent = is_recurrent(self._weights)
+        self._attends_beside_state = self._recurrent and attends_beside_state(self._weights)
         self._unprojected = self._projects_late or self._attends_beside_state
         self._experts_away = experts_away
 
@@ -110,7 +113,8 @@ class Operations:
     def _bring(self, name: int) -> int:
         """An input of the device: copied now if this layer brings it."""
         if name in self._brings:
-            size, growth = self._brings.pop(name)
+            del self._brings[name]
+            size, growth = self._sizes[name]
             self.brought[name] = self.tape.empty() if name == EXTRA_ROWS else self.tape.op(size, growth=growth)
         return self.brought.get(name, name)
 
@@ -125,25 +129,27 @@ class Operations:
         """``build_lora_mm``; the bias is added in place."""
         weight = self._copied(f"{name}.weight")
         biased = f"{name}.bias" in self._weights
-        needed = self._brought_with(name)
-        late = self._has("attn_q_norm") and POSITIONS in needed
-        if not biased and not late:
+        needed = self._brought_with(name) if self._offloaded else ()
+        if not biased:
             self._bring_all(needed)
         last = name in ("ffn_down", "ffn_down_shexp") and not self._has("post_ffw_norm")
         if last or (name == "ssm_out" and not self._has("ffn_down", "ffn_gate_inp")):
             self._bring_the_rest()
         result = self._op(self._out(name), *weight, x)
-        if biased and not late:
-            self._bring_all(needed)
-        return self._in_place(result, *self._copied(f"{name}.bias")) if biased else result
+        if not biased:
+            return result
+        self._bring_all(needed)
+        return self._in_place(result, *self._copied(f"{name}.bias"))
 
     def _brought_with(self, name: str) -> tuple[int, ...]:
         """Small inputs that are copied along with a weight, because the part of the graph that begins with it reads them."""
         queries = () if self._has("attn_k_b") else (POSITIONS, self._key_rotation) if name in ("attn_q", "attn_qkv") else ()
+        if queries and self._has("attn_q_norm"):  # those come with the norm
+            return ()
         return queries + ((self._value_rotation,) if name in ("attn_v", "attn_qkv") else ())
 
-    def _rotation(self, matrix: int) -> int:
-        return rotation_bytes(self._profile, self._scale, matrix)
+    def _rotates_by(self, matrix: int) -> bool:
+        return self._sizes[matrix] != (0, STEADY)
 
     def _bring_all(self, names: tuple[int, ...]) -> None:
         if self._offloaded:  # a layer of the device's own brings what others read, with the last weight from RAM

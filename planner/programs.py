@@ -5,7 +5,7 @@ Nothing here knows which layers share a device: ``schedule`` puts programs in or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from planner.allocator import RELEASE
 from planner.cache import layer_caches
@@ -41,18 +41,16 @@ class Programs:
         self._scale = scale
         self._caches = layer_caches(profile)
         self._kinds = layer_kinds(profile)
+        self._shapes = layer_shapes(profile)
         self._n = profile.n_computed_layers
         self._sizes = sizes
         self._embedding_bytes = embedding_bytes(profile, scale)
         self._has_per_layer = self._sizes[PER_LAYER] != (0, STEADY)
+        stacked = deepstack_layers(profile) > 0
+        self.has_prelude = scales_embedding(profile) or adds_positions(profile) or self._has_per_layer or stacked
+        """Whether anything happens to the embedding before the first layer."""
         self._made: dict[object, Program] = {}
         self._recorded: dict[object, tuple[Tape, dict[int, int], frozenset[int], dict[frozenset[int], Program]]] = {}
-
-    @property
-    def has_prelude(self) -> bool:
-        """Whether anything happens to the embedding before the first layer."""
-        profile = self._profile
-        return scales_embedding(profile) or adds_positions(profile) or self._has_per_layer or deepstack_layers(profile) > 0
 
     def prelude(self, pinned: bool) -> Program:
         """What happens to the embedding before the first layer."""
@@ -94,22 +92,23 @@ class Programs:
         self,
         i: int,
         *,
-        offloaded: bool,
-        host_experts: bool,
-        experts_away: bool,
-        normed: bool,
-        brings: tuple[int, ...],
+        offloaded: bool = False,
+        host_experts: bool = False,
+        experts_away: bool = False,
+        normed: bool = False,
+        brings: tuple[int, ...] = (),
         has_states: bool,
         fetches_states: bool,
         pipelined: bool,
-        borrowed: tuple[int, ...],
-        per_layer: int,
+        borrowed: tuple[int, ...] = (),
+        per_layer: int = PER_LAYER,
         kept: frozenset[int],
     ) -> Program:
         """A layer; ``kept`` are the inputs that are still read after it, the rest is as in ``LayerGraph`` and its ``write``."""
         last = i == self._n - 1
         where = (offloaded, host_experts, experts_away, normed, pipelined and self._scale.attention == "host")
-        key = (self._kinds[i], last, where, brings, has_states, fetches_states, borrowed, per_layer)
+        kind = self._kinds[i] if offloaded or host_experts else self._shapes[i]
+        key = (kind, last, where, brings, has_states, fetches_states, borrowed, per_layer)
         recorded = self._recorded.get(key)
         if recorded is None:
             graph = LayerGraph(
@@ -117,10 +116,11 @@ class Programs:
                 i,
                 self._caches[i],
                 self._scale,
+                self._sizes,
                 offloaded=offloaded,
                 host_experts=host_experts,
                 experts_away=experts_away,
-                brings={name: self._sizes[name] for name in brings},
+                brings=brings,
                 has_states=has_states,
                 fetches_states=fetches_states,
                 pipelined=pipelined,
@@ -140,7 +140,7 @@ class Programs:
         """The routed experts of a layer of another device, whose weights lie in RAM."""
         key = ("experts", self._kinds[i])
         if key not in self._made:
-            graph = LayerGraph(self._profile, i, self._caches[i], self._scale, host_experts=True)
+            graph = LayerGraph(self._profile, i, self._caches[i], self._scale, self._sizes, host_experts=True)
             graph.tape.use(graph.foreign_experts())
             self._made[key] = graph.tape.compile({}, sizes=self._sizes, kept=frozenset(self._sizes))
         return self._made[key]
@@ -203,20 +203,36 @@ class Programs:
 
 def layer_kinds(profile: ModelProfile) -> tuple[int, ...]:
     """For each computed layer the first of its kind: one with equal tensors, an equal cache and an equal place in the model."""
-    found: tuple[int, ...] | None = profile.memo.get("layer_kinds")
-    if found is None:
+    return profile.remember("layer kinds", None, lambda: _first_alike(profile, profile.tensor_kinds))
+
+
+def layer_shapes(profile: ModelProfile) -> tuple[int, ...]:
+    """The same of layers whose tensors may be quantized differently: what they compute is the same where they lie on a device."""
+
+    def made() -> tuple[int, ...]:
         first: dict[object, int] = {}
-        heads = profile.per_layer("attention.head_count")
-        sparse = SPARSE_GEMMA3N_LAYERS if profile.architecture == "gemma3n" else 0
-        stacked = deepstack_layers(profile)
-        first_differs = bool(stacked or profile.integer("embedding_length_per_layer_input"))
-        kinds = zip(profile.tensor_kinds, layer_caches(profile), heads, strict=True)
-        found = profile.memo["layer_kinds"] = tuple(
-            first.setdefault((tensors, id(cache), head_count, i < sparse, i < stacked, first_differs and i == 0), i)
-            for i, (tensors, cache, head_count) in enumerate(kinds)
-            if i < profile.n_computed_layers
-        )
-    return found
+        shape_of = {
+            kind: first.setdefault(tuple((name, tensor.shape) for name, tensor in profile.layer_tensors[kind].items()), kind)
+            for kind in sorted(set(profile.tensor_kinds))
+        }
+        if len(first) == len(shape_of):
+            return layer_kinds(profile)
+        return _first_alike(profile, [shape_of[kind] for kind in profile.tensor_kinds])
+
+    return profile.remember("layer shapes", None, made)
+
+
+def _first_alike(profile: ModelProfile, tensors: Sequence[int]) -> tuple[int, ...]:
+    layers = range(profile.n_computed_layers)
+    alike: list[Iterable[object]] = [tensors, map(id, layer_caches(profile)), profile.per_layer("attention.head_count")]
+    if profile.architecture == "gemma3n":
+        alike.append(i < SPARSE_GEMMA3N_LAYERS for i in layers)
+    if stacked := deepstack_layers(profile):
+        alike.append(i < stacked for i in layers)
+    if stacked or profile.integer("embedding_length_per_layer_input"):
+        alike.append(i == 0 for i in layers)
+    first: dict[object, int] = {}
+    return tuple(map(first.setdefault, zip(*alike, strict=False), layers))
 
 
 def scales_embedding(profile: ModelProfile) -> bool:

@@ -10,7 +10,6 @@ all contexts; ``Program.at`` fills in the cells.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -24,6 +23,10 @@ STEADY: Growth = (0, 0)
 
 Size = tuple[int, Growth]
 """Bytes of a tensor: those of any context, and those that grow with it."""
+
+
+NOTHING: Size = (0, STEADY)
+"""The size of what takes no memory."""
 
 
 def size_at(size: Size, cells: int, window_cells: int) -> int:
@@ -61,6 +64,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._operations: list[tuple[Size, tuple[int, ...], tuple[int, ...]]] = []
+        self._readers: dict[int, int] = {}
         self._scratch: dict[int, Growth] = {}
         self._given: set[int] = set()
         self._empty: set[int] = set()
@@ -71,9 +75,16 @@ class Tape:
         It takes that of the first which is as large and has no other reader. ``scratch``: memory behind the result, which
         nobody takes over (``ggml_gallocr_free_extra_space``).
         """
-        self._operations.append(((align(size), growth), reads, into))
+        number = self._record((align(size), growth), reads, into)
         if scratch != STEADY:
-            self._scratch[len(self._operations) - 1] = scratch
+            self._scratch[number] = scratch
+        return number
+
+    def _record(self, size: Size, reads: tuple[int, ...], into: tuple[int, ...] = ()) -> int:
+        readers = self._readers
+        for read in reads:
+            readers[read] = readers.get(read, 0) + 1
+        self._operations.append((size, reads, into))
         return len(self._operations) - 1
 
     def given(self, size: int) -> int:
@@ -88,9 +99,7 @@ class Tape:
 
     def in_place(self, tensor: int, *others: int) -> int:
         """A result as large as ``tensor``, which takes over its memory unless that has other readers."""
-        size = self._operations[tensor][0]
-        self._operations.append((size, (tensor, *others), (tensor,)))
-        return len(self._operations) - 1
+        return self._record(self._operations[tensor][0], (tensor, *others), (tensor,))
 
     def size(self, tensor: int) -> int:
         """Bytes of a tensor that was recorded here, its growth left out."""
@@ -98,11 +107,11 @@ class Tape:
 
     def use(self, *reads: int) -> None:
         """An operation whose result needs no memory here: it writes to a cache, or somewhere else."""
-        self._operations.append(((0, STEADY), reads, ()))
+        self._record(NOTHING, reads)
 
     def names(self) -> frozenset[int]:
         """The caller's tensors that are read here."""
-        return frozenset(read for _, reads, _ in self._operations for read in reads if read < 0)
+        return frozenset(read for read in self._readers if read < 0)
 
     def compile(self, exports: Mapping[int, int], *, sizes: Mapping[int, Size], kept: Collection[int] = ()) -> Program:
         """The steps of the recorded operations; the exported tensors outlive them, under the caller's names.
@@ -110,9 +119,10 @@ class Tape:
         ``exports``: name -> tensor. ``sizes``: bytes of the caller's tensors; those in ``kept`` are never released or taken over.
         """
         size_of = dict(sizes)
-        readers: Counter[int] = Counter(read for _, reads, _ in self._operations for read in reads)
-        readers.update(exports.values())
-        slot: dict[int, int] = {number: number for number in size_of}
+        slot = {name: name for name in sizes}
+        readers = self._readers.copy()
+        for tensor in exports.values():
+            readers[tensor] = readers.get(tensor, 0) + 1
         steps: list[Step] = []
         growing: list[tuple[int, Size]] = []
 
@@ -122,19 +132,23 @@ class Tape:
             steps.append((action, place, size[0]))
 
         for number, (size, reads, into) in enumerate(self._operations):
-            if size != (0, STEADY) or number in self._empty:
+            if size != NOTHING or number in self._empty:
                 size_of[number] = size
-                taken = next((t for t in into if t in slot and t not in kept and readers[t] == 1 and size_of[t] == size), None)
-                if taken is not None:
-                    slot[number] = slot.pop(taken)
-                    if taken in self._scratch:
-                        step(RELEASE, SCRATCH + taken, (0, self._scratch[taken]))
-                elif number not in self._given:
-                    slot[number] = number
-                    scratch = self._scratch.get(number, STEADY)
-                    step(ALLOCATE, number, (size[0], (size[1][0] + scratch[0], size[1][1] + scratch[1])))
-                    if scratch != STEADY:
-                        step(PART, number, size)
+                for taken in into:
+                    if readers[taken] == 1 and taken in slot and taken not in kept and size_of[taken] == size:
+                        slot[number] = slot.pop(taken)
+                        if taken in self._scratch:
+                            step(RELEASE, SCRATCH + taken, (0, self._scratch[taken]))
+                        break
+                else:
+                    if number not in self._given:
+                        slot[number] = number
+                        if number in self._scratch:
+                            scratch = self._scratch[number]
+                            step(ALLOCATE, number, (size[0], (size[1][0] + scratch[0], size[1][1] + scratch[1])))
+                            step(PART, number, size)
+                        else:
+                            step(ALLOCATE, number, size)
             for read in reads:
                 readers[read] -= 1
                 if not readers[read] and read in slot and read not in kept:

@@ -92,6 +92,12 @@ def attends_in_ram(profile: ModelProfile, index: int) -> bool:
     return next_early(profile, index) is not None or attends_beside_state(profile.layer_tensors[index])
 
 
+def may_attend_in_ram(profile: ModelProfile) -> bool:
+    """Whether ``attends_in_ram`` can hold for any layer."""
+    early = any(fetches_early(profile.layer_tensors[kind]) for kind in set(profile.tensor_kinds))
+    return early or any(attends_beside_state(profile.layer_tensors[kind]) for kind in set(profile.tensor_kinds))
+
+
 def attends_beside_state(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a layer has both attention and a state (Falcon-H1)."""
     return is_recurrent(tensors) and is_mamba(tensors) and "attn_q.weight" in tensors
