@@ -31,7 +31,8 @@ def protect_output_layer(
         return assignment
     strongest, former = ranked[0], assignment[-1]
     owners = [*assignment[:-1], strongest]
-    room = _room(owners, model, usable_bytes)
+    held = _held(owners, model, len(usable_bytes))
+    room = [usable - taken for usable, taken in zip(usable_bytes, held, strict=True)]
     takers = [gpu for gpu in dict.fromkeys((former, *ranked[1:])) if gpu is not None]
     for layer, cost in enumerate(model.layers_bytes):
         if room[strongest] >= 0:
@@ -58,12 +59,14 @@ def redistribute_heavy_layers(
     if not ranked:
         return assignment
     strongest = ranked[0]
-    room = _room(owners, model, usable_bytes)[strongest]
-    costs = {gpu: device_cost(owners, model, gpu) for gpu in ranked}
+    held = _held(owners, model, len(usable_bytes))
+    room = usable_bytes[strongest] - held[strongest]
+    costs = {gpu: held[gpu] + ((OUTPUT_COST_FACTOR - 1) * model.output_bytes if owners[-1] == gpu else 0) for gpu in ranked}
     for weakest in reversed(ranked[1:]):
         target = BALANCE_TOLERANCE * target_imbalance(powers, strongest, weakest)
-        held = (i for i, owner in enumerate(owners[:-1]) if owner == weakest)
-        for heaviest in sorted(held, key=lambda i: (-model.ffn_bytes[i], -i)):
+        unequal = costs[strongest] >= target * costs[weakest]
+        movable = [] if unequal else [i for i, owner in enumerate(owners[:-1]) if owner == weakest]
+        for heaviest in sorted(movable, key=lambda i: (-model.ffn_bytes[i], -i)):
             if costs[strongest] >= target * costs[weakest]:
                 return tuple(owners)
             moved = model.layers_bytes[heaviest]
@@ -88,9 +91,9 @@ def target_imbalance(powers: Sequence[float], strongest: int, weakest: int) -> f
     return powers[strongest] / (powers[weakest] + 1)
 
 
-def _room(owners: Sequence[int | None], model: LayerCosts, usable: Sequence[int]) -> list[int]:
-    room = [*usable]
+def _held(owners: Sequence[int | None], model: LayerCosts, n_gpus: int) -> list[int]:
+    """Bytes that each GPU holds."""
+    held = dict.fromkeys((*range(n_gpus), None), 0)
     for cost, owner in zip(model.all_bytes, owners, strict=True):
-        if owner is not None:
-            room[owner] -= cost
-    return room
+        held[owner] += cost
+    return [held[gpu] for gpu in range(n_gpus)]

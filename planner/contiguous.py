@@ -22,7 +22,7 @@ def to_placement(assignment: Assignment, *, n_gpus: int) -> Placement:
     if not is_contiguous(assignment):
         raise ValueError(f"the layers of {assignment} are not in one run for each device")
     body, output = assignment[:-1], assignment[-1]
-    order = tuple(dict.fromkeys(gpu for gpu in assignment if gpu is not None))
+    order = tuple(gpu for gpu in dict.fromkeys(assignment) if gpu is not None)
     return Placement(
         layers=tuple(body.count(gpu) for gpu in range(n_gpus)), order=order, output_gpu=output, cpu_layers=body.count(None)
     )

@@ -10,13 +10,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 CAPACITY_PRECISION = 1e-6
 """Width at which the bisection of the capacity factor stops, a pure number (``findBestFit`` in ``llm/server.go``)."""
 
 FORCED_CAPACITY = 1000.0
 """Capacity factor up to which stock pretends to have memory when ``num_gpu`` asks for layers (``findBestFit``)."""
+
+ROUNDING = 1e-9
+"""A pure number, far more than what is lost where bytes are divided and multiplied as floats."""
 
 Assignment = tuple[int | None, ...]
 """The GPU of each layer, by its index in the rig, ``None`` for the CPU; the output layer is the last item."""
@@ -38,11 +41,6 @@ class Device:
     integrated: bool = False
     uuid: str = ""
 
-    def budget_bytes(self, factor: float) -> int:
-        """``min(⌊weighted · factor⌋, ceiling)`` in bytes."""
-        weighted = int(self.weighted_bytes * factor)
-        return weighted if self.ceiling_bytes is None else min(weighted, self.ceiling_bytes)
-
 
 def placed(assignment: Assignment) -> int:
     """Layers on any GPU, the output layer counted."""
@@ -54,11 +52,12 @@ def greedy_fit(
 ) -> Assignment:
     """Hand out layers from the last to the first, to ``devices`` in the order given; stock's ``greedyFit``.
 
-    A device takes layers while the next one fits into what is left of ``budget_bytes(factor)``; then the next device's
-    turn comes and it is not asked again. ``requested`` stops after so many layers. Stock passes the device with the least
-    memory first; the boost algorithm above 1.0 the strongest first.
+    A device takes layers while the next one fits into what is left of ``min(⌊weighted · factor⌋, ceiling)`` bytes; then the next
+    device's turn comes and it is not asked again. ``requested`` stops after so many layers. Stock passes the device with the
+    least memory first; the boost algorithm above 1.0 the strongest first.
     """
-    return _owners(len(costs), devices, _ends(_sums(costs), devices, factor, requested))
+    sums = _sums(costs)
+    return _owners(len(costs), devices, _ends(sums, _budgets(devices, sums), factor, requested))
 
 
 def _sums(costs: Sequence[int]) -> tuple[int, ...]:
@@ -66,13 +65,18 @@ def _sums(costs: Sequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(reversed(costs), initial=0))
 
 
-def _ends(sums: Sequence[int], devices: Sequence[Device], factor: float, requested: int | None) -> list[int]:
+def _budgets(devices: Sequence[Device], sums: Sequence[int]) -> list[tuple[int, int]]:
+    """The weighted bytes of each device, and its ceiling: all bytes of the model where it has none."""
+    return [(one.weighted_bytes, sums[-1] if one.ceiling_bytes is None else one.ceiling_bytes) for one in devices]
+
+
+def _ends(sums: Sequence[int], budgets: Sequence[tuple[int, int]], factor: float, requested: int | None) -> list[int]:
     """How many layers, from the highest, are placed after each device has taken its share."""
-    most = len(sums) - 1 if requested is None else min(requested, len(sums) - 1)
+    stop = len(sums) if requested is None else min(requested + 1, len(sums))
     ends, end = [], 0
-    for device in devices:
-        if end < most:
-            end = min(bisect_right(sums, sums[end] + device.budget_bytes(factor), end) - 1, most)
+    for weighted, ceiling in budgets:
+        room = int(weighted * factor)
+        end = bisect_right(sums, sums[end] + min(room, ceiling), end, stop) - 1
         ends.append(end)
     return ends
 
@@ -109,22 +113,43 @@ def balanced_fit(
 
 
 def _smallest_factor_fit(costs: Sequence[int], devices: Sequence[Device], requested: int | None, max_factor: float) -> Assignment:
+    if not devices:
+        return (None,) * len(costs)
     low, high = 0.0, max_factor
     sums = _sums(costs)
-    best = _ends(sums, devices, high, requested)
-    most = best[-1] if best else 0
+    budgets = _budgets(devices, sums)
+    best = _ends(sums, budgets, high, requested)
+    most = best[-1]
+    same_from = _factor_for(sums, budgets, best)
     while most and high - low > CAPACITY_PRECISION:
         middle = (low + high) / 2
-        ends = _ends(sums, devices, middle, requested)
+        if middle >= same_from:
+            high = middle
+            continue
+        ends = _ends(sums, budgets, middle, requested)
         if ends[-1] == most:
-            high, best = middle, ends
+            high, best, same_from = middle, ends, _factor_for(sums, budgets, ends)
         else:
             low = middle
     return _owners(len(costs), devices, best)
 
 
+def _factor_for(sums: Sequence[int], budgets: Sequence[tuple[int, int]], ends: Sequence[int]) -> float:
+    """The factor from which on, up to one that gave ``ends``, every one gives them: each device has room for its share."""
+    shares = zip(budgets, pairwise((0, *ends)), strict=True)
+    needed = ((sums[end] - sums[start]) / weighted for (weighted, _), (start, end) in shares if end > start and weighted)
+    return max(needed, default=0.0) * (1 + ROUNDING)
+
+
+def most_placed(costs: Sequence[int], devices: Iterable[Device], *, requested: int | None = None) -> int:
+    """How many layers ``balanced_fit`` places, which takes longer to say where."""
+    sums = _sums(costs)
+    discrete_first = sorted(devices, key=lambda device: device.integrated)
+    return max(_ends(sums, _budgets(discrete_first, sums), 1.0, requested), default=0)
+
+
 def find_best_fit(
-    costs: Sequence[int], groups: Iterable[Sequence[Device]], *, requested: int | None = None, force: bool = False
+    costs: Sequence[int], groups: Sequence[Sequence[Device]], *, requested: int | None = None, force: bool = False
 ) -> Assignment:
     """The balanced fit on the first of ``groups`` that holds everything, or on the last one where none does.
 
@@ -132,15 +157,15 @@ def find_best_fit(
     many layers are enough; ``force`` then lets the last group pretend to have ``FORCED_CAPACITY`` times its memory, as stock
     does.
     """
+    if not groups:
+        return (None,) * len(costs)
     enough = len(costs) if requested is None else min(requested, len(costs))
-    best: Assignment = (None,) * len(costs)
-    tried = tuple(groups)
-    for number, group in enumerate(tried, start=1):
-        forced = force and requested is not None and number == len(tried)
-        best = balanced_fit(costs, group, requested=requested, max_factor=FORCED_CAPACITY if forced else 1.0)
-        if placed(best) >= enough:
-            break
-    return best
+    *smaller, last = groups
+    for group in smaller:
+        if most_placed(costs, group, requested=requested) >= enough:
+            return balanced_fit(costs, group, requested=requested)
+    forced = force and requested is not None
+    return balanced_fit(costs, last, requested=requested, max_factor=FORCED_CAPACITY if forced else 1.0)
 
 
 def stock_fit(

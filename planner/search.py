@@ -20,7 +20,7 @@ from planner.choice import turn
 from planner.costs import layer_costs
 from planner.cuts import EXACT_GPUS, FEW_LAYERS, ROLES, SLACK_LAYERS, Problem, Split, few, role
 from planner.hardware import Rig, gpu_names
-from planner.layout import create_layout
+from planner.layout import Layouts
 from planner.memory import estimate_memory
 from planner.placement import Placement, in_words, solo
 from planner.profile import ModelProfile
@@ -127,10 +127,10 @@ class Search:
         first, middle, last = self._buffers(self.sizes(settings), len(gpus), partial=False)
         buffer = max(first, middle, last)
         reserves = [self.rig.gpus[i].free_bytes - self.limits[i] + self.request.runtime_bytes + buffer for i in gpus]
+        layouts = Layouts(costs, [self.rig.gpus[i] for i in gpus], reserves)
         seen: set[Placement] = set()
         for boost in boosts:
-            layout = create_layout(costs, [self.rig.gpus[i] for i in gpus], boost=boost, reserves_bytes=reserves)
-            placement = on_rig(layout.placement, gpus, len(self.rig.gpus))
+            placement = on_rig(layouts.at(boost).placement, gpus, len(self.rig.gpus))
             if placement not in seen and self._executable(placement):
                 seen.add(placement)
                 yield self.candidate(f"boost {boost:g}", placement, settings)

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.fit import Device, balanced_fit, find_best_fit, greedy_fit, placed, stock_fit, stock_groups
+from planner.fit import (
+    CAPACITY_PRECISION,
+    Device,
+    balanced_fit,
+    find_best_fit,
+    greedy_fit,
+    most_placed,
+    placed,
+    stock_fit,
+    stock_groups,
+)
 from planner.units import MIB
 
 FREE_5090, FREE_3090 = 31_500 * MIB, 23_700 * MIB
@@ -135,3 +145,18 @@ def test_more_memory_never_makes_a_fit_infeasible(costs, memories, data):
 def test_the_bisection_places_as_many_layers_as_full_capacity(costs, memories):
     devices = [device(i, m) for i, m in enumerate(memories)]
     assert placed(balanced_fit(costs, devices)) == placed(greedy_fit(costs, devices))
+
+
+@given(costs, memories, st.sampled_from([1.0, 1.5]), st.none() | st.integers(0, 15), st.floats(0.5, 5.0))
+def test_the_bisection_ends_where_one_that_looks_at_every_factor_does(costs, memories, weight, requested, most):
+    devices = [device(i, int(m * weight), ceiling_bytes=m if weight > 1 else None) for i, m in enumerate(memories)]
+    low, high = 0.0, most
+    while high - low > CAPACITY_PRECISION:
+        middle = (low + high) / 2
+        fits = placed(greedy_fit(costs, devices, middle, requested=requested)) == placed(
+            greedy_fit(costs, devices, most, requested=requested)
+        )
+        low, high = (low, middle) if fits else (middle, high)
+    expected = greedy_fit(costs, devices, high, requested=requested)
+    assert balanced_fit(costs, devices, requested=requested, max_factor=most) == expected
+    assert most_placed(costs, devices, requested=requested) == placed(greedy_fit(costs, devices, requested=requested))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.costs import LayerCosts, layer_costs
-from planner.fit import balanced_fit
+from planner.fit import most_placed
 from planner.hardware import Gpu
 from planner.layout import create_layout
 from planner.placement import Placement
@@ -248,7 +248,7 @@ def test_above_1_the_output_layer_is_on_the_strongest_gpu_in_use_that_can_hold_i
 def test_many_gpus_that_hold_few_large_layers_each_are_not_tried_in_every_combination(monkeypatch):
     """Their memory would do for many groups, and no group holds the layers: of 16 GPUs there are 65,000, which took 15 s."""
     tried = []
-    monkeypatch.setattr("planner.layout.balanced_fit", lambda *given: tried.append(given) or balanced_fit(*given))
+    monkeypatch.setattr("planner.layout.most_placed", lambda *given: tried.append(given) or most_placed(*given))
     large = 4 * GB
     model = LayerCosts(layers_bytes=(large,) * 12, ffn_bytes=(large,) * 12, output_bytes=large)
     cards = [card(f"gpu{i}", large * 1.9 / MIB, 100 + i, 1000, (8, 6)) for i in range(12)]
