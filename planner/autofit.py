@@ -13,10 +13,10 @@ bisection. Devices are counted from 0 in the order of the group; bytes are those
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from planner.placement import Placement, contiguous
@@ -69,11 +69,15 @@ def split_by_memory(layers: int, free_bytes: Sequence[int]) -> tuple[int, ...]:
     total = sum(free_bytes)
     if not total:
         return tuple(layers if i == 0 else 0 for i in range(len(free_bytes)))
-    bounds = [part / total for part in accumulate(free_bytes)]
-    counts = [0] * len(free_bytes)
-    for layer in range(layers):
-        counts[min(bisect_right(bounds, layer / layers), len(counts) - 1)] += 1
-    return tuple(counts)
+    ends = [0]
+    for part in accumulate(free_bytes[:-1]):
+        end = int(part / total * layers)
+        while end < layers and end / layers < part / total:
+            end += 1
+        while end > ends[-1] and (end - 1) / layers >= part / total:
+            end -= 1
+        ends.append(end)
+    return tuple(stop - start for start, stop in pairwise((*ends, layers)))
 
 
 def auto_fit(profile: ModelProfile, sizes: Sizes, free_bytes: Sequence[int], margins_bytes: Sequence[int]) -> Fit:
@@ -110,8 +114,29 @@ def _fill_back_to_front(profile: ModelProfile, sizes: Sizes, targets: Sequence[i
         def share_of(layers: int, device: int = device) -> _Share:
             return _Share(layers=layers, parts=max(layers - (device == last), 0) if moe else 0)
 
-        shares[device] = share_of(_most(rest, _fits(profile, sizes, shares, device, targets, share_of)))
+        fits = _fits(profile, sizes, shares, device, targets, share_of)
+        if moe:
+            shares[device] = share_of(_most(rest, fits))
+        elif rest and fits(rest):
+            shares[device] = share_of(rest)
+        else:
+            shares[device] = share_of(_most_beside_ram(sizes, shares, device, targets[device], rest))
     return shares
+
+
+def _most_beside_ram(sizes: Sizes, shares: Sequence[_Share], device: int, target: int, rest: int) -> int:
+    """The most of a dense model's ``rest`` layers that fit on ``device``, where not all do.
+
+    One stays in RAM at least, so that the compute buffer is that of any such number, and layers' bytes alone decide.
+    """
+    if rest < 2:
+        return 0
+    counts = [share.layers for share in shares]
+    counts[device] = rest // 2
+    buffer = sizes.compute_bytes(contiguous(counts, sizes.n_layers))[0]
+    held, stop = sizes.held_prefix, min(rest, sizes.n_layers)
+    room = target - buffer - (sizes.output_bytes if rest > stop else 0)
+    return max(min(rest - bisect_left(held, held[stop] - room), rest - 1), 0)
 
 
 def _fits(

@@ -35,7 +35,7 @@ def layer_costs(profile: ModelProfile, settings: LoadSettings) -> LayerCosts:
     """The costs of ``profile``'s layers under ``settings``: weights plus KV cache or recurrent state."""
     caches = cache_bytes(profile, settings)
     return LayerCosts(
-        layers_bytes=tuple(layer.weights_bytes + cache for layer, cache in zip(profile.layers, caches, strict=True)),
+        layers_bytes=tuple(weights + cache for weights, cache in zip(profile.layer_weights, caches, strict=True)),
         ffn_bytes=tuple(layer.ffn_bytes + layer.expert_bytes for layer in profile.layers),
         output_bytes=profile.output_bytes,
     )

@@ -122,10 +122,11 @@ class Problem:
             for end, (seconds, counts) in states.items():
                 if seconds + read[end] * quickest + end * quickest_layer > bound:
                     continue
-                lowest = max(self._lowest(end, room), least)
-                for start in self._starts(lowest, end - some, position, under, extremes=extremes):
-                    cost = seconds + output + (read[end] - read[start]) * inverse + (end - start) * layer_s
-                    cost += hop if start < end else 0.0
+                lowest, until, before_it = max(self._lowest(end, room), least), read[end], seconds + output
+                for start in self._starts(lowest, end - some, position, under, extremes):
+                    cost = before_it + (until - read[start]) * inverse + (end - start) * layer_s
+                    if start < end:
+                        cost += hop
                     known = following.get(start)
                     if known is None or cost < known[0]:
                         following[start] = (cost, (end - start, *counts))
@@ -136,10 +137,14 @@ class Problem:
 
     def _lowest(self, end: int, rooms: Sequence[int]) -> int:
         """The lowest layer that a device with ``rooms`` can take together with all others below ``end``."""
-        held = self.held
-        lowest = bisect_left(held, held[end] - rooms[FEW_LAYERS], 0, end) if rooms[FEW_LAYERS] > 0 else end
-        short = (start for start in range(max(end - FEW_LAYERS + 1, 0), end) if held[end] - held[start] <= rooms[end - start])
-        return next(short, end) if end - lowest < FEW_LAYERS else lowest
+        held, room = self.held, rooms[FEW_LAYERS]
+        lowest = bisect_left(held, held[end] - room, 0, end) if room > 0 else end
+        if end - lowest >= FEW_LAYERS:
+            return lowest
+        for start in range(max(end - FEW_LAYERS + 1, 0), end):
+            if held[end] - held[start] <= rooms[end - start]:
+                return start
+        return end
 
     def _most(self, rooms: Sequence[int]) -> int:
         """How many of the lowest layers a device with ``rooms`` can take."""
@@ -147,7 +152,7 @@ class Problem:
         short = (count for count in range(min(FEW_LAYERS, len(self.held)) - 1, 0, -1) if self.held[count] <= rooms[count])
         return next(short, 0) if most < FEW_LAYERS else most
 
-    def _starts(self, lowest: int, highest: int, position: int, under: int | None, *, extremes: bool) -> Iterable[int]:
+    def _starts(self, lowest: int, highest: int, position: int, under: int | None, extremes: bool) -> Iterable[int]:
         """Where a run may begin, from ``lowest`` to ``highest``; ``under``: the layers that the first device can hold.
 
         ``extremes``: nothing between them can be faster, since all layers below go to one device (or RAM).

@@ -156,9 +156,14 @@ class ModelProfile:
         return embedding.shape[1] if embedding and len(embedding.shape) > 1 else self.integer("vocab_size")
 
     @cached_property
+    def layer_weights(self) -> tuple[int, ...]:
+        """Bytes of each repeating layer."""
+        return tuple(layer.weights_bytes for layer in self.layers)
+
+    @cached_property
     def weights_before(self) -> tuple[int, ...]:
         """Bytes of the repeating layers below each, and of all of them last: a run's weights are a difference of two."""
-        return tuple(accumulate((layer.weights_bytes for layer in self.layers), initial=0))
+        return tuple(accumulate(self.layer_weights, initial=0))
 
     @cached_property
     def memo(self) -> dict[Any, Any]:
@@ -194,7 +199,7 @@ class ModelProfile:
     @property
     def weights_bytes(self) -> int:
         """All weights that a GPU can hold: the repeating layers and the output layer."""
-        return sum(layer.weights_bytes for layer in self.layers) + self.output_bytes
+        return self.weights_before[-1] + self.output_bytes
 
 
 def build_profile(*, metadata: Metadata, tensors: Iterable[Tensor], file_bytes: int, name: str = "") -> ModelProfile:

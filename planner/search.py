@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate, combinations, pairwise
+from itertools import combinations, pairwise
 
 from planner.choice import turn
 from planner.costs import layer_costs
@@ -26,7 +26,7 @@ from planner.placement import Placement, in_words, solo
 from planner.profile import ModelProfile
 from planner.request import Candidate, Objective, PlanRequest
 from planner.settings import LoadSettings
-from planner.sizes import Sizes
+from planner.sizes import Sizes, sizes_of
 from planner.speed import PROMPT_TOKENS, Work, decode_seconds, gpu_rates, host_rates, model_work, prefill_seconds, work_speed
 from planner.stock import StockLoad, on_rig, settings_on
 
@@ -58,17 +58,18 @@ class Search:
         self.limits = tuple(max(free - request.margin_bytes - request.gpu_overhead_bytes, 0) for free in self._free)
         self.names = gpu_names(rig.gpus)
         self._runtime = (request.runtime_bytes,) * len(rig.gpus)
-        self._sizes: dict[LoadSettings, Sizes] = {}
+        self._work: dict[LoadSettings, Work] = {}
 
     def sizes(self, settings: LoadSettings) -> Sizes:
-        """The sizes under ``settings``, made once."""
-        if settings not in self._sizes:
-            self._sizes[settings] = Sizes(self.profile, settings)
-        return self._sizes[settings]
+        """The sizes under ``settings``."""
+        return sizes_of(self.profile, settings)
 
     def work(self, settings: LoadSettings) -> Work:
-        """The work under ``settings``."""
-        return model_work(self.profile, settings)
+        """The work under ``settings``, looked up once."""
+        found = self._work.get(settings)
+        if found is None:
+            found = self._work[settings] = model_work(self.profile, settings)
+        return found
 
     def decode_seconds(self, work: Work, placement: Placement) -> float:
         """Seconds of one token of an answer."""
@@ -172,20 +173,20 @@ class Search:
             for role, buffer in zip(ROLES, sample, strict=True)
             for layers in range(FEW_LAYERS + 1)
         }
+        problem = Problem(
+            held=_less_experts(sizes.held_prefix, sizes.experts_prefix, cpu_experts),
+            read=_less_experts(work.read_prefix, work.expert_prefix, cpu_experts),
+            inverse={gpu: 1 / self.rates[gpu].decode_bytes_per_s for gpu in gpus},
+            layer_s={gpu: self.rates[gpu].layer_s for gpu in gpus},
+            rooms={gpu: self.limits[gpu] - self.request.runtime_bytes for gpu in gpus},
+            buffers=buffers,
+            output_held=sizes.output_bytes,
+            output_read=work.output_bytes,
+            host=(1 / self.host.decode_bytes_per_s, self.host.layer_s) if partial else None,
+        )
         best: Candidate | None = None
         seen: set[Placement] = set()
         for _ in range(ROUNDS):
-            problem = Problem(
-                held=_less_experts(sizes.held_prefix, sizes.experts_prefix, cpu_experts),
-                read=_less_experts(work.read_prefix, (0.0, *accumulate(work.expert_bytes)), cpu_experts),
-                inverse={gpu: 1 / self.rates[gpu].decode_bytes_per_s for gpu in gpus},
-                layer_s={gpu: self.rates[gpu].layer_s for gpu in gpus},
-                rooms={gpu: self.limits[gpu] - self.request.runtime_bytes for gpu in gpus},
-                buffers=buffers,
-                output_held=sizes.output_bytes,
-                output_read=work.output_bytes,
-                host=(1 / self.host.decode_bytes_per_s, self.host.layer_s) if partial else None,
-            )
             split = problem.solve()
             if split is None:
                 break
@@ -202,10 +203,14 @@ class Search:
                 key=lambda candidate: candidate.decode_tokens_per_s,
                 default=None,
             )
-            for position, (gpu, layers) in enumerate(split.counts):
-                device = found.memory.devices[gpu]
-                if device.total_bytes > self.limits[gpu]:
-                    buffers[gpu, role(position, len(split.counts)), few(layers)] = device.compute_bytes
+            corrected = {
+                (gpu, role(position, len(split.counts)), few(layers)): found.memory.devices[gpu].compute_bytes
+                for position, (gpu, layers) in enumerate(split.counts)
+                if found.memory.devices[gpu].total_bytes > self.limits[gpu]
+            }
+            if corrected.items() <= buffers.items():  # the next round would find the same
+                break
+            buffers.update(corrected)
         return self._polished(best, "decode") if best and cpu_experts else best
 
     def _polished(self, best: Candidate, objective: Objective) -> Candidate:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from planner.cache import cache_bytes
+from planner.cache import caches_before
 from planner.memory import estimate_memory
 from planner.placement import Placement
 from planner.profile import ModelProfile
@@ -17,14 +17,18 @@ from planner.settings import LoadSettings
 
 
 class Sizes:
-    """Sizes of ``profile`` under ``settings``. ``held_prefix[i]``: weights and caches of the layers below ``i``, in bytes."""
+    """Sizes of ``profile`` under ``settings``; make one with ``sizes_of``.
+
+    ``held_prefix[i]``: weights and caches of the layers below ``i``, in bytes.
+    """
 
     def __init__(self, profile: ModelProfile, settings: LoadSettings) -> None:
         self.profile = profile
         self.settings = settings
         self.n_layers = profile.n_layers
-        caches = cache_bytes(profile, settings)
-        self.held_prefix = (0, *accumulate(x.weights_bytes + c for x, c in zip(profile.layers, caches, strict=True)))
+        self.held_prefix = tuple(
+            weights + cache for weights, cache in zip(profile.weights_before, caches_before(profile, settings), strict=True)
+        )
         self.experts_prefix = (0, *accumulate(layer.expert_bytes for layer in profile.layers))
         self.output_bytes = profile.output_bytes
 
@@ -40,6 +44,11 @@ class Sizes:
             return tuple(devices[gpu].compute_bytes for gpu in placement.order)
 
         return self.profile.remember("compute_bytes", (self.settings, *_role(placement)), made)
+
+
+def sizes_of(profile: ModelProfile, settings: LoadSettings) -> Sizes:
+    """The sizes of a profile under these settings; made once."""
+    return profile.remember("sizes", settings, lambda: Sizes(profile, settings))
 
 
 def _role(placement: Placement) -> tuple[int, bool, bool, bool]:

@@ -184,7 +184,7 @@ class Work:
 
     FLOP are those of a dense layer that would take as long: experts' count ``1 / EXPERT_FLOPS_SHARE`` times.
     ``expert_bytes`` are the parts of the active experts, contained in ``layer_bytes``. ``weights_bytes`` are all weights of a
-    layer, ``experts_held_bytes`` all of its experts. ``read_prefix[i]`` sums ``layer_bytes`` below layer ``i``.
+    layer, ``experts_held_bytes`` all of its experts. ``read_prefix[i]`` sums ``layer_bytes`` below layer ``i``, and so on.
     """
 
     layer_bytes: tuple[float, ...]
@@ -193,6 +193,7 @@ class Work:
     weights_bytes: tuple[int, ...]
     experts_held_bytes: tuple[int, ...]
     read_prefix: tuple[float, ...]
+    expert_prefix: tuple[float, ...]
     flops_prefix: tuple[float, ...]
     weights_prefix: tuple[int, ...]
 
@@ -207,30 +208,28 @@ def work_at(profile: ModelProfile, settings: LoadSettings, context_tokens: int) 
     """The work of ``profile`` with ``context_tokens`` in the context (fewer where it is smaller)."""
     used = replace(settings, num_ctx=min(settings.num_ctx, context_tokens), parallel=1, batch=1, ubatch=1)
     share = profile.experts_used / profile.expert_count if profile.expert_count else 1.0
-    caches = cache_bytes(profile, used)
-    experts = tuple(layer.expert_bytes * share for layer in profile.layers)
+    caches, weights = cache_bytes(profile, used), profile.layer_weights
+    held = tuple(layer.expert_bytes for layer in profile.layers)
+    experts = tuple(each * share for each in held)
     layer_bytes = tuple(
-        layer.weights_bytes - layer.expert_bytes + expert + cache
-        for layer, expert, cache in zip(profile.layers, experts, caches, strict=True)
+        weight - routed + active + cache for weight, routed, active, cache in zip(weights, held, experts, caches, strict=True)
     )
-    of_kind = {kind: _elements(profile.layer_tensors[kind], share) for kind in set(profile.tensor_kinds)}
-    elements = [of_kind[kind] for kind in profile.tensor_kinds]
-    flops = tuple(2.0 * (dense + expert / EXPERT_FLOPS_SHARE) for dense, expert in elements)
-    weights = tuple(layer.weights_bytes for layer in profile.layers)
+    of_kind = {kind: _flops(profile.layer_tensors[kind], share) for kind in set(profile.tensor_kinds)}
     return Work(
         layer_bytes=layer_bytes,
         expert_bytes=experts,
         output_bytes=profile.output_bytes,
         weights_bytes=weights,
-        experts_held_bytes=tuple(layer.expert_bytes for layer in profile.layers),
+        experts_held_bytes=held,
         read_prefix=(0.0, *accumulate(layer_bytes)),
-        flops_prefix=(0.0, *accumulate(flops)),
-        weights_prefix=(0, *accumulate(weights)),
+        expert_prefix=(0.0, *accumulate(experts)),
+        flops_prefix=(0.0, *accumulate(of_kind[kind] for kind in profile.tensor_kinds)),
+        weights_prefix=profile.weights_before,
     )
 
 
-def _elements(tensors: Mapping[str, Tensor], share: float) -> tuple[float, float]:
-    """Parameters of a layer that one token meets: outside the routed experts, and in them."""
+def _flops(tensors: Mapping[str, Tensor], share: float) -> float:
+    """Operations of a token in a layer: two for each parameter that it meets."""
     dense = expert = 0.0
     for name, tensor in tensors.items():
         if len(tensor.shape) < 2:
@@ -239,7 +238,7 @@ def _elements(tensors: Mapping[str, Tensor], share: float) -> tuple[float, float
             expert += prod(tensor.shape) * share
         else:
             dense += prod(tensor.shape)
-    return dense, expert
+    return 2.0 * (dense + expert / EXPERT_FLOPS_SHARE)
 
 
 def gpu_rates(gpu: Gpu, calibration: Calibration | None = None) -> Rates:

@@ -19,7 +19,7 @@ from planner.placement import Placement, contiguous, on_cpu
 from planner.profile import ModelProfile
 from planner.request import PlanRequest
 from planner.settings import LoadSettings
-from planner.sizes import Sizes
+from planner.sizes import sizes_of
 from planner.units import GIB, MIB
 
 CONTEXT_TIERS = ((47 * GIB, 262144), (23 * GIB, 32768), (0, 4096))
@@ -189,7 +189,7 @@ def _llama_server_load(profile: ModelProfile, rig: Rig, request: PlanRequest) ->
         counts = split_by_memory(min(request.num_gpu, profile.n_layers + 1), free)
         fit = Fit(placement=contiguous(counts, profile.n_layers), shifts_bytes=(0,) * len(gpus))
     else:
-        fit = auto_fit(profile, Sizes(profile, settings), free, [FIT_MARGIN_BYTES] * len(gpus))
+        fit = auto_fit(profile, sizes_of(profile, settings), free, [FIT_MARGIN_BYTES] * len(gpus))
     shifts = [0] * len(rig.gpus)
     for gpu, shift in zip(gpus, fit.shifts_bytes, strict=True):
         shifts[gpu] = shift
@@ -218,7 +218,7 @@ def on_rig(placement: Placement, gpus: Sequence[int], n_gpus: int) -> Placement:
 def _runner_load(profile: ModelProfile, rig: Rig, request: PlanRequest) -> StockLoad:
     settings = settings_on(profile, rig, request, ())
     costs = layer_costs(profile, settings).all_bytes
-    sizes = Sizes(profile, settings)
+    sizes = sizes_of(profile, settings)
     requested = request.num_gpu if request.num_gpu is not None and request.num_gpu > 0 else None
     gpus = _best_group(rig, libraries(rig))
     graphs = [0] * len(rig.gpus)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from planner.autofit import FIT_MARGIN_BYTES, Fit, auto_fit, split_by_memory
 from planner.hardware import Host
@@ -15,7 +18,7 @@ from planner.placement import contiguous
 from planner.plan import make_plan
 from planner.request import PlanRequest
 from planner.settings import LoadSettings
-from planner.sizes import Sizes
+from planner.sizes import Sizes, sizes_of
 from planner.speed import predict_speed
 from planner.stock import (
     automatic_batch,
@@ -53,8 +56,8 @@ def difference(row: dict[str, Any], fit: Fit, default: tuple[int, ...]) -> int:
 def fitted(row: dict[str, Any], free_bytes: list[int], margins_bytes: list[int]) -> Fit:
     """The fit of the row's model."""
     profile = models.header(row["model"])
-    settings = LoadSettings(num_ctx=row["ctx"], batch=2048, ubatch=512)
-    return auto_fit(profile, Sizes(profile, settings), free_bytes, margins_bytes)
+    load = LoadSettings(num_ctx=row["ctx"], batch=2048, ubatch=512)
+    return auto_fit(profile, sizes_of(profile, load), free_bytes, margins_bytes)
 
 
 def test_the_fit_is_llama_cpps_own_on_16_models_and_9_rigs() -> None:
@@ -69,6 +72,43 @@ def test_the_fit_is_llama_cpps_own_on_16_models_and_9_rigs() -> None:
     assert len(found) == 432
     assert sum(layers == 0 for layers in found) >= 400
     assert sum(layers <= 1 for layers in found) >= 421
+
+
+@given(st.integers(0, 130), st.lists(st.just(0) | st.integers(0, 9) | st.integers(0, 10**11), min_size=1, max_size=6))
+def test_the_default_split_gives_each_layer_to_the_first_device_whose_share_exceeds_its_own(layers: int, free: list[int]) -> None:
+    """As ``load_tensors`` does it, one layer after the other."""
+    expected = [0] * len(free)
+    for layer in range(layers):
+        shares = (sum(free[: i + 1]) / sum(free) > layer / layers for i in range(len(free)) if sum(free))
+        expected[next((i for i, exceeds in enumerate(shares) if exceeds), 0)] += 1
+    assert split_by_memory(layers, free) == tuple(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=4), st.sampled_from([2048, 16384]))
+def test_a_dense_model_is_filled_with_as_many_layers_as_one_by_one(free_mib: list[int], num_ctx: int) -> None:
+    profile = models.small(n_layers=12, ffn=(4096, 2048), vocabulary=16384)
+    sizes = sizes_of(profile, LoadSettings(num_ctx=num_ctx))
+    free = [mib * MIB for mib in free_mib]
+    fit = auto_fit(profile, sizes, free, [0] * len(free))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("planner.autofit._most_beside_ram", most_one_by_one)
+        assert fit == auto_fit(profile, sizes, free, [0] * len(free))
+
+
+def most_one_by_one(sizes: Sizes, shares: Sequence[Any], device: int, target: int, rest: int) -> int:
+    """Each number of layers on its own, from none on."""
+    fitting = 0
+    for layers in range(1, rest):
+        counts = [share.layers for share in shares]
+        counts[device] = layers
+        placement = contiguous(counts, sizes.n_layers)
+        used = sizes.compute_bytes(placement)[0] + (sizes.output_bytes if placement.output_gpu == device else 0)
+        run = dict(placement.ranges())[device]
+        if used + sizes.held_bytes(run.start, run.stop) > target:
+            break
+        fitting = layers
+    return fitting
 
 
 CUDA_CONTEXT_MIB = 527
@@ -212,8 +252,8 @@ def test_the_default_context_goes_by_all_vram(vram_gib: int, expected: int) -> N
 )
 def test_the_automatic_batch(ctx: int, predicted_gib: float, free_gib: int, expected: int) -> None:
     """By context, with headroom and surcharge."""
-    settings = LoadSettings(num_ctx=ctx)
-    assert automatic_batch(settings, int(predicted_gib * GIB), [rtx5090()], free_gib * GIB) == expected
+    load = LoadSettings(num_ctx=ctx)
+    assert automatic_batch(load, int(predicted_gib * GIB), [rtx5090()], free_gib * GIB) == expected
 
 
 def test_without_flash_attention_cuda_gets_a_small_batch() -> None:
