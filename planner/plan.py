@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 from planner.choice import choose, ranked
 from planner.costs import layer_costs
@@ -25,7 +24,7 @@ class Plan:
 
     * ``chosen``: the best of all, which needs the launcher to deliver. ``chosen_by_options``: the best that request options can
       deliver: ``stock``, a GPU alone (``main_gpu``), or every layer on the GPUs (``num_gpu``); ``is stock`` as above.
-    * ``stock``: what Ollama of ``request.era`` does; ``stock_by_era``: both eras.
+    * ``stock``: what Ollama of ``request.era`` does.
     * ``reverted``: why stock is taken although something was predicted to be faster; empty where nothing was taken back.
     * ``alternatives``: all candidates that fit, the best first. ``rejected``: those that do not fit.
     """
@@ -36,11 +35,16 @@ class Plan:
     chosen: Candidate
     chosen_by_options: Candidate
     stock: Candidate
-    stock_by_era: dict[Era, Candidate]
     alternatives: tuple[Candidate, ...]
     rejected: tuple[Candidate, ...]
     reasons: tuple[str, ...]
     reverted: str = ""
+
+    def stock_of(self, era: Era) -> Candidate:
+        """What Ollama of ``era`` does: ``stock``, or what is only worked out here, since nothing is chosen by it."""
+        if era == self.request.era:
+            return self.stock
+        return _stock(Search(self.profile, self.rig, self.request), era)[0]
 
 
 def revert(plan: Plan, candidate: Candidate, reason: str) -> Plan:
@@ -61,10 +65,7 @@ Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
 def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
     """The plan for ``request`` on ``rig``. Pure: equal input gives an equal plan."""
     search = Search(profile, rig, request)
-    loads: dict[Era, StockLoad] = {era: stock_load(profile, rig, replace(request, era=era)) for era in get_args(Era)}
-    stocks: dict[Era, Candidate] = {era: search.stock(load, "stock") for era, load in loads.items()}
-    stock, load = stocks[request.era], loads[request.era]
-
+    stock, load = _stock(search, request.era)
     solos = search.solos(load.settings.batch)
     by_options = [*solos, *_all_layers(search, stock, load)]
     seen = list(_without(stock, [*by_options, *_splits(search, load, solos)]))
@@ -93,11 +94,15 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
         chosen=chosen,
         chosen_by_options=chosen_by_options,
         stock=stock,
-        stock_by_era=stocks,
         alternatives=fitting,
         rejected=rejected,
         reasons=(*first, *reasons(profile, rig, request, chosen=chosen, stock=stock, fitting=fitting, rejected=rejected)),
     )
+
+
+def _stock(search: Search, era: Era) -> tuple[Candidate, StockLoad]:
+    load = stock_load(search.profile, search.rig, replace(search.request, era=era))
+    return search.stock(load, "stock"), load
 
 
 def _on_named_gpu(request: PlanRequest, candidates: Iterable[Candidate]) -> Candidate | None:

@@ -321,8 +321,8 @@ def _comparison(plan: Plan, delivery: Delivery, names: Sequence[str]) -> Table:
     elif plan.request.era == "runner" and plan.chosen is not plan.stock and not delivery.options:
         rows.append(("by request options", plan.stock))
     rows += [
-        (ERA_NAMES[era] + (" (yours)" if era == plan.request.era else ""), stock)
-        for era, stock in sorted(plan.stock_by_era.items(), key=lambda item: item[0] != plan.request.era)
+        (ERA_NAMES[era] + (" (yours)" if era == plan.request.era else ""), plan.stock_of(era))
+        for era in sorted(ERA_NAMES, key=lambda era: era != plan.request.era)
     ]
     return _candidates("Predicted tokens per second, beside stock Ollama's", rows, names)
 

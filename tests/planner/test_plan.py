@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from planner.memory import estimate_memory
 from planner.placement import Placement
 from planner.plan import Plan, make_plan
 from planner.profile import ModelProfile
-from planner.request import Candidate, PlanRequest
+from planner.request import Candidate, Era, PlanRequest
 from planner.speed import Calibration
 from tests.planner import models
 from tests.planner.models import gpu, rig, rtx3090, rtx5090
@@ -69,7 +70,10 @@ def check(plan: Plan) -> None:
     if plan.stock.fits and plan.request.objective == "decode":
         assert decode(plan.chosen) >= decode(plan.stock)
         assert decode(plan.chosen) >= decode(plan.chosen_by_options) * (1 - TIE)
-    assert plan.stock is plan.stock_by_era[plan.request.era]
+    assert plan.stock is plan.stock_of(plan.request.era)
+    for era in get_args(Era):
+        other = make_plan(plan.profile, plan.rig, replace(plan.request, era=era)).stock
+        assert plan.stock_of(era).placement == other.placement
 
 
 @settings(max_examples=60, deadline=None)

@@ -65,7 +65,6 @@ def make(
         chosen=best,
         chosen_by_options=best if len(chosen.order) == 1 else baseline,
         stock=baseline,
-        stock_by_era={"runner": baseline, "llama-server": baseline},
         alternatives=(),
         rejected=(),
         reasons=("told so",),

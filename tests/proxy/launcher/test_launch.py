@@ -306,7 +306,6 @@ def solo_plan(left_mib: int, *, n_gpus: int) -> Plan:
         chosen=chosen,
         chosen_by_options=chosen,
         stock=chosen,
-        stock_by_era={},
         alternatives=(),
         rejected=(),
         reasons=(),
