@@ -11,7 +11,7 @@ from planner.hardware import Rig
 from planner.plan import Plan
 from planner.request import Candidate
 from proxy.config.settings import Settings
-from proxy.errors import GpuError, LauncherError, ModelError
+from proxy.errors import GpuError, LauncherError, LopsidedError
 from proxy.launcher.installation import SAYINGS, Installation, find_library, inspect
 from proxy.launcher.launches import Launches
 from proxy.learning.calibration import SPEED_FIELDS, Calibrator
@@ -96,7 +96,7 @@ class Overview:
     async def _stranger(self, entry: Loaded, rig: Rig | None) -> dict[str, Any]:
         """A loaded model that no request through the proxy placed: the launcher may have, for a client that goes past it."""
         known = None
-        with suppress(ModelError):
+        with suppress(LopsidedError):  # Ollama may have no name for it by now, or not open its file
             facts = await self._catalog.facts(entry.name)
             known = self._launches.placed(blob_name(facts.key))
         row: dict[str, Any] = {

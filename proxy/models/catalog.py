@@ -7,7 +7,6 @@ machine can read it (its name is its hash, so it is the right file whatever mach
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 from collections import OrderedDict
@@ -32,6 +31,7 @@ from proxy.models.show import (
     refuse_what_runs_elsewhere,
     text_of,
 )
+from proxy.ollama.client import object_of
 from proxy.ollama.names import base_of
 
 T = TypeVar("T")
@@ -207,13 +207,7 @@ class Catalog:
             raise UpstreamError(f"Ollama does not answer {path}: {str(error) or type(error).__name__}") from error
         if answer.status_code != httpx.codes.OK:
             raise UpstreamError(f"Ollama answers {path} with status {answer.status_code}: {answer.text[:200]}")
-        try:
-            parsed = await asyncio.to_thread(json.loads, answer.content)
-        except (ValueError, RecursionError) as error:
-            raise UpstreamError(f"Ollama answers {path} with something that is no JSON: {error}") from error
-        if not isinstance(parsed, dict):
-            raise UpstreamError(f"Ollama answers {path} with JSON that is no object")
-        return parsed
+        return await asyncio.to_thread(object_of, path, answer)
 
     async def _shared(self, key: str, start: Callable[[], Awaitable[T]]) -> T:
         """The result of ``start``, run once for all who ask for ``key`` meanwhile, and to its end though one of them leaves."""

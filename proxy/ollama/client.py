@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class Ollama:
     async def show(self, name: str) -> dict[str, Any]:
         """``/api/show`` of a model. Raises ``ModelError`` where there is none."""
         answer = await self._tell("POST", "/api/show", {"model": name})
-        value = _object("/api/show", answer) if answer.status_code == httpx.codes.OK else None
+        value = object_of("/api/show", answer) if answer.status_code == httpx.codes.OK else None
         if value is None:
             raise ModelError(f"Ollama does not show {name}: {_error(answer)}")
         return value
@@ -76,7 +77,7 @@ class Ollama:
         """A model of ``base`` with more ``parameters``. Raises ``ModelError`` with Ollama's reason where it refuses."""
         body = {"model": name, "from": base, "parameters": dict(parameters), "stream": False}
         answer = await self._tell("POST", "/api/create", body)
-        if answer.status_code != httpx.codes.OK or _object("/api/create", answer).get("status") != "success":
+        if answer.status_code != httpx.codes.OK or object_of("/api/create", answer).get("status") != "success":
             raise ModelError(f"Ollama refuses to make a derived model: {_error(answer)}")
 
     async def delete(self, name: str) -> None:
@@ -97,14 +98,18 @@ class Ollama:
             answer.raise_for_status()
         except httpx.HTTPError as error:
             raise UpstreamError(f"Ollama does not answer {path}: {error or type(error).__name__}") from error
-        return _object(path, answer)
+        return object_of(path, answer)
 
 
-def _object(path: str, answer: httpx.Response) -> dict[str, Any]:
+def object_of(path: str, answer: httpx.Response) -> dict[str, Any]:
+    """The object that is ``answer``; half a surrogate pair in a text becomes a replacement, as Go reads it, since nobody could
+    write it again. Raises ``UpstreamError``."""
     try:
-        value = answer.json()
+        value = json.loads(answer.content)
+        if rb"\ud" in answer.content.lower():
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError) as error:
-        raise UpstreamError(f"Ollama does not answer {path}: {error or type(error).__name__}") from error
+        raise UpstreamError(f"Ollama answers {path} with something that is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise UpstreamError(f"Ollama answers {path} with JSON that is no object")
     return value

@@ -22,7 +22,7 @@ from proxy.placing.inforce import InForce
 from proxy.placing.running import Running
 from tests.planner import models
 from tests.proxy.planners import make
-from tests.proxy.upstreams import proxy_before
+from tests.proxy.upstreams import proxy_before, upstream
 from tests.servers import free_port
 
 PAIR = StaticSource.from_arguments(["RTX 5090:31500MiB", "RTX 3090:23700MiB"])
@@ -136,3 +136,19 @@ async def test_what_is_not_as_it_was_planned_is_said():
     assert row["context_note"] == "8192 tokens of context were planned"
     well = await row_of(vram_bytes=sum(row["predicted_bytes"]), context=8192)
     assert (well["misplaced"], well["context_note"]) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["a", "a\ud800"], ids=["its file cannot be opened", "half a surrogate pair in its name"])
+def test_a_loaded_model_of_which_nothing_can_be_known_is_shown_all_the_same(name):
+    loaded = {"name": name, "digest": "1" * 64, "size_vram": GIB, "context_length": 4096, "size": GIB}
+
+    def script(request, conversation):
+        if request.target == "/api/show":
+            conversation.answer_json({"error": "open blobs/sha256-1: no such file or directory"}, 500)
+        else:
+            conversation.answer_json({"models": [loaded]})
+
+    with upstream(script) as ollama, proxy_before(ollama.url, source=PAIR) as url:
+        answer = httpx.get(url + "/lopsided/models", timeout=10)
+    assert answer.status_code == 200
+    assert [(row["placement"], row["actual_vram_bytes"]) for row in answer.json()["models"]] == [("loaded past lopsided", GIB)]
