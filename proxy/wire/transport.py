@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterable
+from contextlib import suppress
 from typing import cast
 
 import httptools
@@ -74,10 +75,9 @@ class _Answer(httpx.AsyncByteStream):
     async def _more(self) -> None:
         if self.error:
             raise self.error
-        loop, timer = asyncio.get_running_loop(), None
+        self.waiter, timer = asyncio.get_running_loop().create_future(), None
         if self.read_s is not None:
-            timer = loop.call_later(self.read_s, self.fail, httpx.ReadTimeout(f"no answer within {self.read_s} s"))
-        self.waiter = loop.create_future()
+            timer = self.waiter.get_loop().call_later(self.read_s, self.fail, httpx.ReadTimeout(f"no answer in {self.read_s} s"))
         try:
             await self.waiter
         finally:
@@ -151,11 +151,9 @@ class _Connection(asyncio.Protocol):
     """One connection. Without an ``answer`` it is idle; whatever arrives then makes it useless."""
 
     def __init__(self, pool: UpstreamTransport) -> None:
-        self.pool = pool
-        self.transport = cast("asyncio.Transport", None)
+        self.pool, self.closed, self.idle_since = pool, False, 0.0
         self.writable = asyncio.Event()
         self.writable.set()
-        self.closed, self.idle_since = False, 0.0
         self.answer: _Answer | None = None
         self.sender: asyncio.Task[None] | None = None
 
@@ -187,6 +185,10 @@ class _Connection(asyncio.Protocol):
             self.answer.feed(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc and self.answer is not None and not self.pool.ssl:  # writing fails first where an upload is answered unread
+            with suppress(OSError), self.transport.get_extra_info("socket").dup() as unread:
+                while not self.answer.complete and (data := unread.recv(READ_AHEAD_BYTES)):
+                    self.answer.feed(data)
         if self.answer is not None and not self.answer.complete:
             self.answer.lost(exc, kept=self.idle_since > 0)
         elif self.answer is None and not self.closed:
@@ -206,8 +208,8 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, base_url: str) -> None:
         self._url = httpx.URL(base_url)
-        self._ssl = ssl.create_default_context() if self._url.scheme == "https" else None
-        self._port = self._url.port or (443 if self._ssl else 80)
+        self.ssl = ssl.create_default_context() if self._url.scheme == "https" else None
+        self._port = self._url.port or (443 if self.ssl else 80)
         self.restarts = 0
         """How often the upstream closed a kept connection: Ollama never does while it lives."""
         self._idle: list[_Connection] = []
@@ -264,7 +266,7 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(connect_s):
-                return (await loop.create_connection(lambda: _Connection(self), self._url.host, self._port, ssl=self._ssl))[1]
+                return (await loop.create_connection(lambda: _Connection(self), self._url.host, self._port, ssl=self.ssl))[1]
         except TimeoutError as error:
             raise httpx.ConnectTimeout(f"no connection within {connect_s} s") from error
         except OSError as error:
@@ -290,10 +292,8 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Closes every connection, those in use too."""
-        for connection in self._busy:
-            cast("_Answer", connection.answer).fail(httpx.ReadError("lopsided is shutting down"))
-        for connection in self._idle:
-            connection.abort()
-        self._idle.clear()
-        self._busy.clear()
+        while self._busy:
+            cast("_Answer", self._busy.pop().answer).fail(httpx.ReadError("lopsided is shutting down"))
+        while self._idle:
+            self._idle.pop().abort()
         await asyncio.sleep(0)

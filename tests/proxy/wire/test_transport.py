@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import httpx
 import pytest
 
 from proxy.wire.transport import IDLE_LIMIT, READ_AHEAD_BYTES, UpstreamTransport, _Answer, _Connection
-from tests.proxy.upstreams import upstream
+from tests.proxy.upstreams import RawUpstream, upstream
 from tests.servers import free_port
 
 ANSWERS = {
@@ -115,6 +116,29 @@ async def test_it_serves_any_httpx_client():
                 assert (answer.text, answer.headers["x"]) == ("hello", "y")
     assert server.connections == 1
     assert (server.received[0].target, server.received[0].body) == ("/x?a=b", b'{"c":1}')
+
+
+async def test_the_answer_of_a_server_that_then_resets_counts_although_writing_to_it_fails_first():
+    # shows: an upload refused at once, the rest of it unread
+    done = threading.Event()
+
+    class Refusing(RawUpstream):
+        def talk(self, connection):
+            connection.recv(10)
+            connection.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+            connection.close()  # with something unread: a RST
+            done.set()
+
+    async def body():
+        yield b"x" * 1000
+        done.wait(10)  # the event loop stands still, and cannot read first
+        yield b"x"
+
+    server = Refusing(hello)
+    async with httpx.AsyncClient(transport=UpstreamTransport(server.url), base_url=server.url) as client:
+        answer = await client.post("/api/blobs/sha256:0", content=body())
+    server.stop()
+    assert (answer.status_code, answer.text) == (413, "no")
 
 
 async def test_as_many_at_once_as_are_asked_for():
