@@ -328,7 +328,7 @@ def unknown_variables(environment: Mapping[str, str]) -> tuple[str, ...]:
 
     def meant(name: str) -> str:
         alias = _variable(key := name[len(PREFIX) :].lower())  # LOPSIDED_BOOST: the file's name for one of Ollama's
-        return closest(name, known) if alias == key else f"; did you mean {alias!r}?"
+        return closest(key, known, prefix=PREFIX) if alias == key else f"; did you mean {alias!r}?"
 
     return tuple(f"{name} is no setting, and has no effect{meant(name)}" for name in strangers)
 

@@ -60,9 +60,9 @@ def line_of(text: str, keys: Sequence[str]) -> int:
     return min(beginning(low)[0] + 1, max(len(lines), 1))
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'gpu'?`` where one of ``known`` looks like ``word``, else nothing."""
-    names = {name.casefold(): name for name in known}
+def closest(word: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """``; did you mean 'gpu'?`` where one of ``known``, less its ``prefix``, looks like ``word``, else nothing."""
+    names = {name.removeprefix(prefix).casefold(): name for name in known}
     found = difflib.get_close_matches(word.casefold(), names, n=1)
     return f"; did you mean {names[found[0]]!r}?" if found else ""
 

@@ -412,9 +412,10 @@ def test_a_misspelled_variable_and_an_unknown_gpu_are_said_by_the_doctor(stage, 
     profile.write_text('[[gpu]]\nname = "RTX 5090"\n[[gpu]]\nname = "RTX 3090"\n')
     with stage('[models.a]\ngpu = "RTX 4090"') as it:
         environment = {"LOPSIDED_UPSTREAM": it.url, "LOPSIDED_CONTXT": "fit", "LOPSIDED_HOST": "127.0.0.1:1"}
-        environment |= {"LOPSIDED_PROFILE": str(profile), "LOPSIDED_BOOST": "2"}
+        environment |= {"LOPSIDED_PROFILE": str(profile), "LOPSIDED_BOOST": "2", "LOPSIDED_FOO": "1"}
         said = CliRunner(env=environment).invoke(main, ["doctor", "--json"])
         texts = [finding["text"] for finding in json.loads(said.stdout)["findings"]]
         assert "LOPSIDED_CONTXT is no setting, and has no effect; did you mean 'LOPSIDED_CONTEXT'?" in texts
         assert "LOPSIDED_BOOST is no setting, and has no effect; did you mean 'OLLAMA_SCHED_COMPUTE_BOOST'?" in texts
+        assert "LOPSIDED_FOO is no setting, and has no effect" in texts  # all names begin alike: that means nothing
         assert f"{it.file}: a rule names the GPU 'RTX 4090', which is not here: that part of the rule is ignored" in texts
