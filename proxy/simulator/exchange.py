@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from proxy.simulator.http import Request, Response
@@ -40,7 +41,7 @@ class Exchange:
         if not self.request.body:
             raise RequestError(400, "missing request body")
         try:
-            value = json.loads(self.request.body)
+            value = json.loads(self.request.body, parse_int=_number, parse_float=_number, parse_constant=_no_number)
         except UnicodeDecodeError:
             raise RequestError(400, "invalid character '\\ufffd' in string literal") from None
         except (json.JSONDecodeError, RecursionError) as problem:
@@ -70,7 +71,7 @@ class Exchange:
         try:
             lease = self.simulator.lease(model, body.get("options"), keep_alive_s, shift=body.get("shift") is not False)
             return await self.stack.enter_async_context(lease)
-        except (OptionError, LoadError) as problem:
+        except (ValueError, LoadError) as problem:
             raise RequestError(500, str(problem)) from None
 
 
@@ -96,6 +97,20 @@ def go_kind(value: Any) -> str:
     if isinstance(value, bool):
         return "bool"
     return {str: "string", int: "number", float: "number", list: "array", dict: "object"}.get(type(value), "null")
+
+
+def _number(text: str) -> float:
+    """A number of JSON, which Go reads as a float64 wherever it may be of any type."""
+    value = float(text)
+    if not isfinite(value):
+        where = "Go struct field GenerateRequest.options"
+        raise RequestError(400, f"json: cannot unmarshal number {text} into {where} of type float64")
+    return int(text) if text.lstrip("-").isdecimal() else value
+
+
+def _no_number(text: str) -> None:
+    """Refuses ``NaN`` and ``Infinity``, which Python takes for JSON."""
+    raise RequestError(400, f"invalid character {text.lstrip('-')[0]!r} looking for beginning of value")
 
 
 def _syntax_error(problem: Exception) -> str:

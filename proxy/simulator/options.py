@@ -79,7 +79,7 @@ def parse_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if wanted == "integer" and is_number:
-            options[name] = int(value)
+            options[name] = int(value) if -(2**63) <= value < 2**63 else -(2**63)  # what Go's int64(t) gives on x86
         elif wanted == "float32" and is_number:
             options[name] = float(value)
         elif wanted == "boolean" and isinstance(value, bool):

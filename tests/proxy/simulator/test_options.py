@@ -16,6 +16,11 @@ def test_whole_numbers_may_come_as_floats_and_unknown_options_are_ignored():
     assert parse_options({"num_gpu": 3.0, "no_such_option": 1, "tensor_split": "70,30"}) == {"num_gpu": 3}
 
 
+@pytest.mark.parametrize("number", [1e30, -1e30, 2**63])
+def test_a_number_that_no_int64_holds_is_the_smallest(number):
+    assert parse_options({"num_ctx": number}) == {"num_ctx": -(2**63)}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -139,12 +139,24 @@ def test_an_embedding_model_embeds_in_both_eras_and_generates_in_none(ollama):
         ),
         (b'{"model": "qwen3:0.6b", "keep_alive": "soon"}', 'time: invalid duration "soon"'),
         (b"[" * 100_000, "exceeded max depth"),
+        (b'{"options": {"num_ctx": NaN}}', "invalid character 'N' looking for beginning of value"),
+        (
+            b'{"options": {"num_ctx": 1e999}}',
+            "json: cannot unmarshal number 1e999 into Go struct field GenerateRequest.options of type float64",
+        ),
     ],
 )
 def test_bodies_of_the_wrong_shape_are_refused_in_gos_words(ollama, body, message):
     _, client = ollama
     answer = client.post("/api/generate", content=body)
     assert (answer.status_code, answer.json()) == (400, {"error": message})
+
+
+def test_a_batch_that_no_load_can_have_is_an_error_and_no_traceback(ollama):
+    _, client = ollama
+    answer = client.post("/api/generate", json={"model": "qwen3:0.6b", "prompt": "x", "options": {"num_batch": -1}})
+    assert answer.status_code == 500
+    assert "must be at least 1" in answer.json()["error"]
 
 
 @pytest.mark.parametrize("host", ["localhost:11434", "127.0.0.1", "[::1]:11434", "192.168.1.5", "box.local", "x.internal"])
