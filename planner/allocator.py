@@ -15,8 +15,22 @@ ALIGNMENT = 128
 
 _ENDLESS = 1 << 62
 
+RELEASE, ALLOCATE, PART = range(3)
+"""Release the tensor in a slot; allocate one; or call what lies behind its first bytes ``SCRATCH`` + its slot."""
+
+SCRATCH = 1 << 20
+"""Slots from here on are the scratch memory behind other tensors; a layer has far fewer."""
+
+Step = tuple[int, int, int]
+"""An action, the slot of a tensor, and bytes."""
+
 State = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of the holes, lowest first; the last hole is endless."""
+
+
+def filled(size: int) -> State:
+    """The holes of a buffer whose first ``size`` bytes are taken."""
+    return (size,), (_ENDLESS - size,)
 
 
 def align(size: int) -> int:
@@ -29,11 +43,11 @@ class Allocator:
 
     __slots__ = ("_empty_holes", "_offsets", "_sizes", "peak")
 
-    def __init__(self, state: State = ((0,), (_ENDLESS,)), peak: int = 0) -> None:
+    def __init__(self, state: State = ((0,), (_ENDLESS,))) -> None:
         self._offsets = list(state[0])
         self._sizes = list(state[1])
         self._empty_holes = 0 in self._sizes
-        self.peak = peak
+        self.peak = 0
 
     @property
     def state(self) -> State:
@@ -41,46 +55,57 @@ class Allocator:
         return tuple(self._offsets), tuple(self._sizes)
 
     def allocate(self, size: int) -> int:
-        """Offset of a new tensor of ``size`` bytes (``ggml_dyn_tallocr_alloc``)."""
-        offsets, sizes = self._offsets, self._sizes
-        best, best_size = len(sizes) - 1, _ENDLESS
-        for i, hole in enumerate(sizes):
-            if size <= hole <= best_size:
-                best, best_size = i, hole
-        offset = offsets[best]
-        if sizes[best] == size:
-            del offsets[best], sizes[best]
-            self._empty_holes = self._empty_holes and 0 in sizes
-        else:
-            offsets[best] += size
-            sizes[best] -= size
-        if offset + size > self.peak:
-            self.peak = offset + size
-        return offset
+        """Offset of a new tensor of ``size`` bytes."""
+        slots: dict[int, int] = {}
+        self.replay([(ALLOCATE, 0, size)], slots)
+        return slots[0]
 
     def free(self, offset: int, size: int) -> None:
-        """Give back what ``allocate`` gave (``ggml_dyn_tallocr_free_bytes``).
+        """Give back what ``allocate`` gave."""
+        self.replay([(RELEASE, 0, size)], {0: offset})
 
-        A tensor of no bytes, which hybrid models have, may leave an empty hole; neighbours of such a hole no longer join.
+    def replay(self, steps: Iterable[Step], slots: dict[int, int]) -> None:
+        """Carry out ``steps``; ``slots`` holds the offset of each living tensor by its number, and is changed.
+
+        ``ggml_dyn_tallocr_alloc`` and ``ggml_dyn_tallocr_free_bytes`` in one loop, which a plan goes through a thousand times. A
+        tensor of no bytes, which hybrid models have, may leave an empty hole; neighbours of such a hole no longer join.
         """
         offsets, sizes = self._offsets, self._sizes
-        if not size or self._empty_holes:
-            self._free_beside_empty_holes(offset, size)
-            return
-        i = bisect_left(offsets, offset)
-        joins_below = i > 0 and offsets[i - 1] + sizes[i - 1] == offset
-        joins_above = i < len(offsets) and offset + size == offsets[i]
-        if joins_below and joins_above:
-            sizes[i - 1] += size + sizes[i]
-            del offsets[i], sizes[i]
-        elif joins_below:
-            sizes[i - 1] += size
-        elif joins_above:
-            offsets[i] = offset
-            sizes[i] += size
-        else:
-            offsets.insert(i, offset)
-            sizes.insert(i, size)
+        for action, slot, size in steps:
+            if action == RELEASE:
+                offset = slots.pop(slot)
+                if not size or self._empty_holes:
+                    self._free_beside_empty_holes(offset, size)
+                    continue
+                i = bisect_left(offsets, offset)
+                joins_above = i < len(offsets) and offset + size == offsets[i]
+                if i and offsets[i - 1] + sizes[i - 1] == offset:
+                    sizes[i - 1] += size
+                    if joins_above:
+                        sizes[i - 1] += sizes[i]
+                        del offsets[i], sizes[i]
+                elif joins_above:
+                    offsets[i] = offset
+                    sizes[i] += size
+                else:
+                    offsets.insert(i, offset)
+                    sizes.insert(i, size)
+            elif action == ALLOCATE:
+                best, best_size = -1, _ENDLESS
+                for i, hole in enumerate(sizes):
+                    if size <= hole <= best_size:
+                        best, best_size = i, hole
+                slots[slot] = offset = offsets[best]
+                if best_size == size:
+                    del offsets[best], sizes[best]
+                    self._empty_holes = self._empty_holes and 0 in sizes
+                else:
+                    offsets[best] += size
+                    sizes[best] -= size
+                if offset + size > self.peak:
+                    self.peak = offset + size
+            else:
+                slots[SCRATCH + slot] = slots[slot] + size
 
     def _free_beside_empty_holes(self, offset: int, size: int) -> None:
         """``ggml_dyn_tallocr_free_bytes``, line by line: it joins the first hole that fits, and that with one neighbour."""
@@ -104,25 +129,3 @@ class Allocator:
             offsets.insert(i, offset)
             sizes.insert(i, size)
         self._empty_holes = 0 in sizes
-
-
-RELEASE, ALLOCATE, PART = range(3)
-"""Release the tensor in a slot; allocate one; or call what lies behind its first bytes ``SCRATCH`` + its slot."""
-
-SCRATCH = 1 << 20
-"""Slots from here on are the scratch memory behind other tensors; a layer has far fewer."""
-
-Step = tuple[int, int, int]
-"""An action, the slot of a tensor, and bytes."""
-
-
-def replay(allocator: Allocator, steps: Iterable[Step], slots: dict[int, int]) -> None:
-    """Carry out ``steps``; ``slots`` holds the offset of each living tensor by its number, and is changed."""
-    allocate, free = allocator.allocate, allocator.free
-    for action, slot, size in steps:
-        if action == ALLOCATE:
-            slots[slot] = allocate(size)
-        elif action == RELEASE:
-            free(slots.pop(slot), size)
-        else:
-            slots[SCRATCH + slot] = slots[slot] + size

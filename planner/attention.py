@@ -107,11 +107,11 @@ class Attention(Operations):
 
     def _positioned(self, norm: str, x: int, features: int) -> int:
         """The optional norm of queries or keys, then their rotation; the first of the two reads a view, so makes a new tensor."""
-        position = (self.brought.get(POSITIONS, POSITIONS),) if rotates(self._profile, self._cache) else ()
+        position = (POSITIONS,) if rotates(self._profile, self._cache) else ()
         if self._has(norm):
             x = self._op(features, x)
             self._bring_all((POSITIONS, self._key_rotation))
-            return self._in_place(x, self.brought.get(POSITIONS, POSITIONS)) if position else x
+            return self._in_place(x, POSITIONS) if position else x
         return self._op(features, x, *position) if position else x
 
     def _rotated_view(self, x: int, whole: int, features: int, matrix: int) -> int:
@@ -161,7 +161,7 @@ class Attention(Operations):
             else:
                 copies = (self._cells(row), self._cells(value_row))
         else:
-            copies = tuple(self.brought.get(name, name) for name in self._borrowed)
+            copies = self._borrowed
         mask = self._bring(self._mask) if self._sparse_mask is None else self._sparse_mask
         if scale.fused:
             extra = 0
@@ -210,11 +210,11 @@ class Attention(Operations):
         rotated = rotates(self._profile, self._cache)
         self._bring_all((POSITIONS,))
         absorbed = self._op(heads * rank, q, *weight)
-        position = self._op(heads * rope, q, self.brought.get(POSITIONS, POSITIONS)) if rotated else q
+        position = self._op(heads * rope, q, POSITIONS) if rotated else q
         query = self._op(heads * self._cache.key_elements, absorbed, position)
         compressed = self._project("attn_kv_a_mqa", x)
         value = self._op(rank, compressed)
-        key_position = self._op(rope, compressed, self.brought.get(POSITIONS, POSITIONS)) if rotated else compressed
+        key_position = self._op(rope, compressed, POSITIONS) if rotated else compressed
         key = self._op(self._cache.key_elements, value, key_position)
         self._store(key)
         if sparse_cells(self._profile):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from planner.allocator import Allocator, State, Step, replay
+from planner.allocator import Allocator, State, Step, filled
 from planner.cache import layer_caches
 from planner.exchange import DevicePart
 from planner.inputs import cells_of, scale_of
@@ -46,19 +46,18 @@ class ComputeModel:
         self._steps: dict[Program, tuple[Step, ...]] = {}
         self._moments: dict[tuple[State, tuple[tuple[int, int], ...]], Moment] = {}
         self._begun: dict[Schedule, tuple[Moment, int]] = {}
-        self._known: dict[tuple[Schedule, tuple[int, ...]], int] = {}
+        self._known: dict[DevicePart, int] = {}
         self._host: dict[tuple[range, int], int] = {}
 
     def device_bytes(self, part: DevicePart) -> int:
         """Bytes of the compute buffer of a device."""
-        key = self._schedules.of(part)
-        found = self._known.get(key)
+        found = self._known.get(part)
         if found is None:
             if len(self._known) >= PARTS_KEPT:
                 self._known.clear()
                 self._begun.clear()
                 self._moments.clear()
-            found = self._known[key] = self._replay(*key)
+            found = self._known[part] = self._replay(*self._schedules.of(part))
         return found
 
     def host_bytes(self, *, visitors: range, copies: int) -> int:
@@ -98,17 +97,16 @@ class ComputeModel:
 
     def _begin(self, schedule: Schedule) -> tuple[Moment, int]:
         """The moment before the first program, and the highest byte used by then."""
-        heap = Allocator()
         slots: dict[int, int] = {}
+        end = 0  # one behind the other
         for name, size in schedule.leaves:
-            slots[name] = heap.allocate(self._size(size))
-        for unnamed in schedule.unnamed:
-            for _ in range(schedule.copies):
-                heap.allocate(self._size(unnamed))
+            slots[name] = end
+            end += self._size(size)
+        end += schedule.copies * sum(map(self._size, schedule.unnamed))
         for name, size in schedule.inputs:
-            for _ in range(schedule.copies):
-                slots.setdefault(name, heap.allocate(self._size(size)))
-        found = self._begun[schedule] = self._moment(heap, slots), heap.peak
+            slots[name] = end
+            end += schedule.copies * self._size(size)
+        found = self._begun[schedule] = self._moment(filled(end), slots), end
         return found
 
     def _run(self, program: Program, before: Moment) -> tuple[Moment, int]:
@@ -117,14 +115,14 @@ class ComputeModel:
         if steps is None:
             steps = self._steps[program] = program.at(*self._cells)
         heap, slots = Allocator(before.state), dict(before.slots)
-        replay(heap, steps, slots)
+        heap.replay(steps, slots)
         for name, source in program.exports:
             slots[name] = slots.pop(source)
-        found = before.after[program] = self._moment(heap, slots), heap.peak
+        found = before.after[program] = self._moment(heap.state, slots), heap.peak
         return found
 
-    def _moment(self, heap: Allocator, slots: dict[int, int]) -> Moment:
-        key = heap.state, tuple(slots.items())
+    def _moment(self, state: State, slots: dict[int, int]) -> Moment:
+        key = state, tuple(slots.items())
         return self._moments.get(key) or self._moments.setdefault(key, Moment(*key))
 
 

@@ -36,10 +36,7 @@ class LayerGraph(Recurrent, FeedForward):
         * ``last``: the model's last layer, which goes on with the tokens of the output alone.
         * ``normed``: the first norm came from the device before.
         """
-        result = self._layer(last=last, normed=normed)
-        for name in tuple(self._brings):
-            self._bring(name)
-        return result
+        return self._layer(last=last, normed=normed)
 
     def _mix(self, x: int) -> int | None:
         """The part of a layer that looks at other tokens."""
@@ -137,8 +134,8 @@ class LayerGraph(Recurrent, FeedForward):
         weight = self._profile.model_tensors["per_layer_model_proj.weight"]
         copied = (self.tape.op(weight.bytes),) if self._offloaded else ()
         normed = self._op(features, self._op(features, *copied, embedding))
-        self.brought[PER_LAYER] = self._op(features, self._in_place(normed, PER_LAYER))
-        return self.brought[PER_LAYER]
+        self.exports[PER_LAYER] = self._op(features, self._in_place(normed, PER_LAYER))
+        return self.exports[PER_LAYER]
 
     def _scales_residual(self) -> bool:
         return bool(self._profile.metadata.get(f"{self._profile.architecture}.residual_scale"))

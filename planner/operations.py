@@ -41,8 +41,7 @@ class Operations:
     * ``pipelined``: the device keeps copies of all that comes from elsewhere.
     * ``borrowed``: names of the copies of another layer's keys and values, where its cache lies elsewhere.
     * ``per_layer``: the name of what holds its per-layer embeddings.
-    * ``brings``: inputs that are copied to the device within this layer; ``brought`` says which tensors they became.
-    * ``sizes``: bytes of the inputs by name.
+    * ``exports``: what later layers read beside the result: tensors by the names that they have then.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class Operations:
         *,
         offloaded: bool = False,
         host_experts: bool = False,
-        brings: tuple[int, ...] = (),
         has_states: bool = False,
         fetches_states: bool = False,
         pipelined: bool = False,
@@ -79,8 +77,7 @@ class Operations:
         self._mask, self._indices = MASK - offset, INDICES - offset
         self._key_rotation, self._value_rotation = KEY_ROTATION - offset, VALUE_ROTATION - offset
         self._sizes = sizes
-        self._brings = dict.fromkeys(brings)
-        self.brought: dict[int, int] = {}
+        self.exports: dict[int, int] = {}
         self._has_states = has_states
         self._fetches_states = fetches_states
         self._own_states: tuple[int, ...] = ()
@@ -112,18 +109,13 @@ class Operations:
 
     def _bring(self, name: int) -> int:
         """An input of the device: copied now if this layer brings it."""
-        if name in self._brings:
-            del self._brings[name]
-            size, growth = self._sizes[name]
-            self.brought[name] = self.tape.empty() if name == EXTRA_ROWS else self.tape.op(size, growth=growth)
-        return self.brought.get(name, name)
+        self.tape.arrives(name)
+        return name
 
     def _bring_the_rest(self) -> None:
         """With the last weight from RAM begins a part of the graph that goes on into the device's own layers."""
-        for name in tuple(self._brings):
-            early = (self._mask, POSITIONS, self._key_rotation, self._value_rotation)  # these have their moment
-            if name not in early or not self._offloaded:
-                self._bring(name)
+        early = (self._mask, POSITIONS, self._key_rotation, self._value_rotation)  # these have their moment
+        self.tape.rest_arrives(but=early if self._offloaded else ())
 
     def _project(self, name: str, x: int) -> int:
         """``build_lora_mm``; the bias is added in place."""
@@ -208,7 +200,7 @@ class Operations:
         if self._fetches_states and behind_experts == self._has("ffn_gate_inp"):
             rows, extra = self._bring(STATE_ROWS), self._bring(EXTRA_ROWS)
             elements = convolution_state_elements(self._profile)
-            self.brought[STATES] = self.tape.op(elements * self._scale.sequences * F32, rows)
+            self.exports[STATES] = self.tape.op(elements * self._scale.sequences * F32, rows)
             self.tape.use(self.tape.empty(extra))
 
     def _convolution_states(self) -> int:

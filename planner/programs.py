@@ -33,6 +33,10 @@ UNSHIFTED_LAYER_NORMS = frozenset({"cohere2", "command-r", "dbrx", "mpt"})
 """Architectures whose last norm is a LayerNorm without a bias."""
 
 
+_Made = dict[tuple[frozenset[int], tuple[int, ...]], Program]
+"""What a tape was compiled to, by the inputs that are kept and those that are brought."""
+
+
 class Programs:
     """Programs of one model at one scale, each made once."""
 
@@ -50,7 +54,7 @@ class Programs:
         self.has_prelude = scales_embedding(profile) or adds_positions(profile) or self._has_per_layer or stacked
         """Whether anything happens to the embedding before the first layer."""
         self._made: dict[object, Program] = {}
-        self._recorded: dict[object, tuple[Tape, dict[int, int], frozenset[int], dict[frozenset[int], Program]]] = {}
+        self._recorded: dict[object, tuple[Tape, dict[int, int], frozenset[int], _Made]] = {}
 
     def prelude(self, pinned: bool) -> Program:
         """What happens to the embedding before the first layer."""
@@ -104,11 +108,14 @@ class Programs:
         per_layer: int = PER_LAYER,
         kept: frozenset[int],
     ) -> Program:
-        """A layer; ``kept`` are the inputs that are still read after it, the rest is as in ``LayerGraph`` and its ``write``."""
+        """A layer; the rest is as in ``LayerGraph`` and its ``write``.
+
+        ``kept`` are the inputs that are still read after it, ``brings`` those that are copied to the device within it.
+        """
         last = i == self._n - 1
         where = (offloaded, host_experts, experts_away, normed, pipelined and self._scale.attention == "host")
         kind = self._kinds[i] if offloaded or host_experts else self._shapes[i]
-        key = (kind, last, where, brings, has_states, fetches_states, borrowed, per_layer)
+        key = (kind, last, where, has_states, fetches_states, borrowed, per_layer)
         recorded = self._recorded.get(key)
         if recorded is None:
             graph = LayerGraph(
@@ -120,7 +127,6 @@ class Programs:
                 offloaded=offloaded,
                 host_experts=host_experts,
                 experts_away=experts_away,
-                brings=brings,
                 has_states=has_states,
                 fetches_states=fetches_states,
                 pipelined=pipelined,
@@ -128,12 +134,12 @@ class Programs:
                 per_layer=per_layer,
             )
             result = graph.write(last=last, normed=normed)
-            recorded = self._recorded[key] = graph.tape, {RESIDUAL: result, **graph.brought}, graph.tape.names(), {}
+            recorded = self._recorded[key] = graph.tape, {RESIDUAL: result, **graph.exports}, graph.tape.names(), {}
         tape, exports, names, made = recorded
         kept &= names
-        found = made.get(kept)
+        found = made.get((kept, brings))
         if found is None:
-            found = made[kept] = tape.compile(exports, sizes=self._sizes, kept=kept)
+            found = made[kept, brings] = tape.compile(exports, sizes=self._sizes, kept=kept, brings=brings)
         return found
 
     def foreign(self, i: int) -> Program:

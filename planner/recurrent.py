@@ -99,7 +99,7 @@ class Recurrent(Attention):
     def _gate_and_scan(self, joint: int, inner: int) -> tuple[int, tuple[int, ...], int]:
         """The gate, ``ssm_d``, and a scan that ran in RAM; the gate first where states of the next layer were fetched."""
         self._fetch_states()
-        if STATES in self.brought:
+        if STATES in self.exports:
             gate = self._op(inner, joint)
             return gate, self._copied("ssm_d"), self._op(inner)
         skip, scan = self._copied("ssm_d"), self._op(inner)

@@ -10,7 +10,7 @@ all contexts; ``Program.at`` fills in the cells.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from planner.allocator import ALLOCATE, PART, RELEASE, SCRATCH, Step, align
@@ -59,15 +59,20 @@ class Program:
         return tuple(steps)
 
 
+Operation = tuple[Size, tuple[int, ...], tuple[int, ...]]
+"""Bytes of a result, what it reads, and whose memory it may take over."""
+
+
 class Tape:
     """Records operations. Tensors are numbered from 0; negative numbers are the caller's, which live when the tape begins."""
 
     def __init__(self) -> None:
-        self._operations: list[tuple[Size, tuple[int, ...], tuple[int, ...]]] = []
+        self._operations: list[Operation] = []
         self._readers: dict[int, int] = {}
         self._scratch: dict[int, Growth] = {}
         self._given: set[int] = set()
         self._empty: set[int] = set()
+        self._arrivals: list[tuple[int, tuple[int, ...] | None, tuple[int, ...]]] = []
 
     def op(self, size: int, *reads: int, into: tuple[int, ...] = (), growth: Growth = STEADY, scratch: Growth = STEADY) -> int:
         """A result of ``size`` bytes and its ``growth`` that reads tensors, and may take over the memory of one in ``into``.
@@ -109,18 +114,39 @@ class Tape:
         """An operation whose result needs no memory here: it writes to a cache, or somewhere else."""
         self._record(NOTHING, reads)
 
+    def arrives(self, name: int) -> None:
+        """Here the caller's tensor ``name`` is copied to the device, if the tape is compiled to bring it."""
+        self._arrivals.append((len(self._operations), (name,), ()))
+
+    def rest_arrives(self, *, but: tuple[int, ...] = ()) -> None:
+        """Here all are that the tape is compiled to bring and that have not arrived, ``but`` for these."""
+        self._arrivals.append((len(self._operations), None, but))
+
     def names(self) -> frozenset[int]:
         """The caller's tensors that are read here."""
         return frozenset(read for read in self._readers if read < 0)
 
-    def compile(self, exports: Mapping[int, int], *, sizes: Mapping[int, Size], kept: Collection[int] = ()) -> Program:
+    def compile(
+        self,
+        exports: Mapping[int, int],
+        *,
+        sizes: Mapping[int, Size],
+        kept: Collection[int] = (),
+        brings: tuple[int, ...] = (),
+    ) -> Program:
         """The steps of the recorded operations; the exported tensors outlive them, under the caller's names.
 
         ``exports``: name -> tensor. ``sizes``: bytes of the caller's tensors; those in ``kept`` are never released or taken over.
+        ``brings``: those that are copied to the device within the tape, and exported.
         """
+        operations: Iterable[tuple[int, Operation]] = enumerate(self._operations)
+        readers, empty = self._readers.copy(), self._empty
+        if brings:
+            operations, brought = self._with_arrivals(brings, sizes, readers)
+            exports = {**exports, **brought}
+            empty = empty | {number for name, number in brought.items() if sizes[name] == NOTHING}
         size_of = dict(sizes)
         slot = {name: name for name in sizes}
-        readers = self._readers.copy()
         for tensor in exports.values():
             readers[tensor] = readers.get(tensor, 0) + 1
         steps: list[Step] = []
@@ -131,8 +157,8 @@ class Tape:
                 growing.append((len(steps), size))
             steps.append((action, place, size[0]))
 
-        for number, (size, reads, into) in enumerate(self._operations):
-            if size != NOTHING or number in self._empty:
+        for number, (size, reads, into) in operations:
+            if size != NOTHING or number in empty:
                 size_of[number] = size
                 for taken in into:
                     if readers[taken] == 1 and taken in slot and taken not in kept and size_of[taken] == size:
@@ -156,3 +182,29 @@ class Tape:
                     if read in self._scratch:
                         step(RELEASE, SCRATCH + read, (0, self._scratch[read]))
         return Program(tuple(steps), tuple(growing), tuple((name, slot[tensor]) for name, tensor in exports.items()))
+
+    def _with_arrivals(
+        self, brings: tuple[int, ...], sizes: Mapping[int, Size], readers: dict[int, int]
+    ) -> tuple[list[tuple[int, Operation]], dict[int, int]]:
+        """The operations, numbered, with the copies of what is brought among them; and which tensors those are.
+
+        ``readers`` of a name, counted before, become those of its copy where they come after it.
+        """
+        found: list[tuple[int, Operation]] = []
+        brought: dict[int, int] = {}
+        done = 0
+        for place, names, but in (*self._arrivals, (len(self._operations), None, ())):
+            for number, operation in enumerate(self._operations[done:place], done):
+                if brought and not brought.keys().isdisjoint(operation[1]):
+                    size, reads, into = operation
+                    for read in brought.keys() & reads:
+                        readers[read] -= reads.count(read)
+                        readers[brought[read]] = readers.get(brought[read], 0) + reads.count(read)
+                    operation = size, tuple(brought.get(read, read) for read in reads), into
+                found.append((number, operation))
+            done = place
+            for name in brings if names is None else names:
+                if name in brings and name not in brought and name not in but:
+                    brought[name] = len(self._operations) + len(brought)
+                    found.append((brought[name], (sizes[name], (), ())))
+        return found, brought

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.allocator import ALLOCATE, RELEASE, Allocator, align, replay
+from planner.allocator import ALLOCATE, RELEASE, Allocator, align
 from planner.tape import STEADY, Tape
 
 
@@ -73,7 +73,7 @@ def test_a_result_takes_over_memory_that_nobody_else_reads() -> None:
     tape.use(y, z)
     heap, slots = Allocator(), {}
     program = tape.compile({-1: z}, sizes={})
-    replay(heap, program.steps, slots)
+    heap.replay(program.steps, slots)
     assert heap.peak == 2 * align(1000)
     assert [slots[slot] for _, slot in program.exports] == [align(1000)]
 
@@ -107,3 +107,21 @@ def test_a_compiled_tape_serves_every_context() -> None:
     for cells, window_cells in ((256, 256), (4096, 1024)):
         sizes = (8 * cells, 2 * window_cells, align(1000), 8 * cells)
         assert tuple(size for _, _, size in program.at(cells, window_cells)) == sizes
+
+
+def test_inputs_arrive_where_a_tape_says_and_the_rest_together() -> None:
+    """Only what it is compiled to bring; what is read later is the copy, which is exported; ``but`` waits for its own place."""
+    tape = Tape()
+    tape.use(-1)
+    tape.rest_arrives(but=(-2,))
+    x = tape.op(512, -1, -2)
+    tape.arrives(-2)
+    tape.use(x, -2)
+    sizes = {-1: (128, STEADY), -2: (256, STEADY), -3: (384, STEADY)}
+    taken = [
+        size for action, _, size in tape.compile({}, sizes=sizes, kept=sizes, brings=(-3, -2, -1)).steps if action == ALLOCATE
+    ]
+    assert taken == [384, 128, 512, 256]
+    program = tape.compile({}, sizes=sizes, kept=sizes, brings=(-2,))
+    assert [step for step in program.steps if step[0] == ALLOCATE][1:] == [(ALLOCATE, program.exports[0][1], 256)]
+    assert [name for name, _ in program.exports] == [-2]
