@@ -118,12 +118,16 @@ class Problem:
             quickest, quickest_layer = (min(cost) for cost in zip(*before[: position + 2], strict=True))
             some = self._exact and position < last
             least = position * self._exact + (self.host is not None)
+            fills = self._exact and self.host is not None and self._each_faster(before[: position + 2]) and position < 2
             following: dict[int, tuple[float, tuple[int, ...]]] = {}
             for end, (seconds, counts) in states.items():
                 if seconds + read[end] * quickest + end * quickest_layer > bound:
                     continue
                 lowest, until, before_it = max(self._lowest(end, room), least), read[end], seconds + output
-                for start in self._starts(lowest, end - some, position, under, extremes):
+                highest = end - some
+                if fills and lowest <= highest and (not position or self._lowest(lowest, rooms[0]) < lowest):
+                    highest = lowest  # nothing that the device leaves is as fast elsewhere
+                for start in self._starts(lowest, highest, position, under, extremes):
                     cost = before_it + (until - read[start]) * inverse + (end - start) * layer_s
                     if start < end:
                         cost += hop
@@ -173,6 +177,10 @@ class Problem:
         if inverse * layer_s >= 0:
             return True
         return len({(above - below) * inverse + layer_s > 0 for below, above in pairwise(self.read)}) == 1
+
+    def _each_faster(self, costs: Sequence[tuple[float, float]]) -> bool:
+        """Whether each device is faster than the one before it, for every layer, by what its memory alone does."""
+        return all(slower[0] > faster[0] and slower[1] >= faster[1] for slower, faster in pairwise(costs))
 
     def _rest(self, start: int) -> float:
         if not start or self.host is None:
