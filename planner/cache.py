@@ -182,7 +182,7 @@ def _layer_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
         )
     )
     rows = {each: row(*each) for each in set(traits)}
-    return tuple(rows[each] for each in traits)
+    return tuple(map(rows.__getitem__, traits))
 
 
 def distinct_caches(profile: ModelProfile) -> tuple[LayerCache, ...]:
@@ -219,4 +219,4 @@ def _cache_bytes(profile: ModelProfile, settings: LoadSettings) -> tuple[int, ..
         return size
 
     bytes_by_id = {id(cache): bytes_of(cache) for cache in caches}
-    return tuple(bytes_by_id[id(cache)] for cache in layer_caches(profile))
+    return tuple(map(bytes_by_id.__getitem__, map(id, layer_caches(profile))))

@@ -75,26 +75,32 @@ class Exchange:
         self._kinds = layer_kinds(profile)
         self._n = profile.n_computed_layers
         self.embedding_bytes = embedding_bytes(profile, scale)
-        self.image_bytes = self.embedding_bytes * (1 + deepstack_layers(profile))
+        self._stacked = deepstack_layers(profile)
+        self.image_bytes = self.embedding_bytes * (1 + self._stacked)
         """Bytes of the input that takes an image's embeddings instead of tokens."""
         self.arriving_bytes = self.embedding_bytes * (1 + adds_positions(profile)) + sizes[PER_LAYER][0]
         """Bytes of the embedding as it arrives, with positions beside it and the embeddings of each layer (Gemma 3n, Gemma 4)."""
         self._has_per_layer = sizes[PER_LAYER] != (0, STEADY)
         self._altup = profile.integer("altup.num_inputs") > 1
         self.lends = any(cache.borrows_cache for cache in distinct_caches(profile))
-        self._last_owners = {cache.windowed: i for i, cache in enumerate(self._caches[: self._n]) if cache.owns_cache}
+        owners = self._caches[: self._n] if self.lends else ()
+        self._last_owners = {cache.windowed: i for i, cache in enumerate(owners) if cache.owns_cache}
         self._fetched_behind, self.fetched_behind = profile.remember("fetched behind", None, lambda: _fetched_behind(profile))
         self._scans_on_host = profile.remember(
             "scans on the host", None, lambda: {i for i in set(self._kinds) if not scans_on_gpu(profile, i)}
         )
-        self._stacked = deepstack_layers(profile)
         self.may_attend_in_ram = profile.remember("may attend in RAM", None, lambda: may_attend_in_ram(profile))
         self._shifts_tokens = any(name.startswith("time_mix_") for name in profile.layer_tensors[0])
+        on_host = scale.attention == "host" or self._scans_on_host
+        beside = self._has_per_layer or self._stacked or self._altup or self.lends or self._shifts_tokens
+        self._residual_alone = not (on_host or beside or self._fetched_behind)
 
     # between a device and the others
 
     def unnamed(self, part: DevicePart) -> tuple[Size, ...]:
         """Tensors that lie on the device all the while, although no layer here reads them by a name."""
+        if self._residual_alone:
+            return ()
         return (
             *self.hoisted(part),
             *self._slices(part),

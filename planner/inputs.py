@@ -182,13 +182,14 @@ def rotation_bytes(profile: ModelProfile, scale: Scale, matrix: int) -> int:
     """Bytes of the Hadamard matrix for keys or values; 0 where ``llama_kv_cache`` rotates nothing."""
     windowed, matrix = matrix < -WINDOW, matrix + WINDOW if matrix < -WINDOW else matrix
     kind, cache_type = ("key", scale.keys) if matrix == KEY_ROTATION else ("value", scale.values)
+    if cache_type.block_size == 1 or profile.integer("attention.key_length_mla"):  # latent: values are a view
+        return 0
     head = profile.integer(
         f"attention.{kind}_length", profile.embedding_length // max(profile.integer("attention.head_count"), 1)
     )
     if windowed:
         head = profile.integer(f"attention.{kind}_length_swa", head)
-    latent = bool(profile.integer("attention.key_length_mla"))
-    if cache_type.block_size == 1 or head % VALUE_ROTATION_ROWS or latent:
+    if head % VALUE_ROTATION_ROWS:
         return 0
     rows = VALUE_ROTATION_ROWS
     while matrix == KEY_ROTATION and head % (2 * rows) == 0:

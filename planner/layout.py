@@ -49,6 +49,7 @@ class Layouts:
         self.usable = [max(gpu.free_bytes - reserve, 0) for gpu, reserve in zip(gpus, reserves, strict=True)]
         self._ranked = by_compute_power(gpus)
         self._alone: dict[int, int | None] = {}
+        self._corrected: dict[tuple[Assignment, tuple[int, ...]], tuple[Assignment, Assignment, bool, Assignment]] = {}
 
     def at(self, boost: float) -> Layout:
         """The layout at ``boost``.
@@ -63,7 +64,7 @@ class Layouts:
         """
         if not BOOST_MIN <= boost <= BOOST_MAX:
             raise ValueError(f"the boost {boost} is not between {BOOST_MIN} and {BOOST_MAX}")
-        model, usable = self.model, self.usable
+        model = self.model
         if boost == BOOST_MIN:
             fit = stock_fit(model.all_bytes, stock_groups(self._device(gpu, 1.0) for gpu in range(len(self.gpus))))
             return Layout(layouts=self, boost=boost, group=(), fit=fit, protected=fit, balanced=fit, final=fit)
@@ -71,12 +72,9 @@ class Layouts:
         if fit[-1] is None:  # no GPU holds the output layer, and nothing is handed out before it
             fit, group = self._fit(model.layers_bytes, boost)
             fit = (*fit, None)
-        protected = protect_output_layer(fit, model, usable, group)
-        balanced = redistribute_heavy_layers(protected, model, usable, group, self.powers)
-        final = nearest_contiguous(balanced, model.all_bytes, usable)
-        taken_back = placed(final) < placed(protected)
-        if taken_back:
-            final = balanced = nearest_contiguous(protected, model.all_bytes, usable)
+        if (fit, group) not in self._corrected:
+            self._corrected[fit, group] = self._correct(fit, group)
+        protected, balanced, taken_back, final = self._corrected[fit, group]
         return Layout(
             layouts=self,
             boost=boost,
@@ -87,6 +85,17 @@ class Layouts:
             taken_back=taken_back,
             final=final,
         )
+
+    def _correct(self, fit: Assignment, group: tuple[int, ...]) -> tuple[Assignment, Assignment, bool, Assignment]:
+        """What the steps after the fit make of it; many boosts have the same."""
+        model, usable = self.model, self.usable
+        protected = protect_output_layer(fit, model, usable, group)
+        balanced = redistribute_heavy_layers(protected, model, usable, group, self.powers)
+        final = nearest_contiguous(balanced, model.all_bytes, usable)
+        if placed(final) >= placed(protected):
+            return protected, balanced, False, final
+        final = nearest_contiguous(protected, model.all_bytes, usable)
+        return protected, final, True, final
 
     def _fit(self, costs: Sequence[int], boost: float) -> tuple[Assignment, tuple[int, ...]]:
         """The fit on the first group that holds everything, else on all GPUs; and the group, strongest first."""

@@ -101,7 +101,8 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
 
 
 def _stock(search: Search, era: Era) -> tuple[Candidate, StockLoad]:
-    load = stock_load(search.profile, search.rig, replace(search.request, era=era))
+    request = search.request if era == search.request.era else replace(search.request, era=era)
+    load = stock_load(search.profile, search.rig, request)
     return search.stock(load, "stock"), load
 
 

@@ -166,6 +166,11 @@ class ModelProfile:
         return tuple(accumulate(self.layer_weights, initial=0))
 
     @cached_property
+    def experts_before(self) -> tuple[int, ...]:
+        """The same of their routed experts."""
+        return tuple(accumulate((layer.expert_bytes for layer in self.layers), initial=0))
+
+    @cached_property
     def memo(self) -> dict[Any, Any]:
         """Results of pure functions of this profile that are asked for again and again; empty at first."""
         return {}

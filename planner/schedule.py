@@ -234,8 +234,10 @@ class Schedules:
                 until = i if i < part.visitors[-1] else stops[0] if stops else self._n
             elif part.first and i in part.host_experts:
                 until = next((stop for stop in stops if stop > i), self._n)
-            brings = tuple(name for name, reader in first_reader.items() if reader <= until and name in waiting)
-            waiting = waiting.difference(brings)
+            brings: tuple[int, ...] = ()
+            if until >= 0:
+                brings = tuple(name for name, reader in first_reader.items() if reader <= until and name in waiting)
+                waiting = waiting.difference(brings)
             kept = given - ends.get(i, set()) if not pinned else given
             if i == 0 and not (fed and pinned):
                 kept -= {PER_LAYER}

@@ -12,13 +12,14 @@ for more with the devices in the order of their speed, each in turn as the one w
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
 
 from planner.choice import turn
 from planner.costs import layer_costs
 from planner.cuts import EXACT_GPUS, FEW_LAYERS, ROLES, SLACK_LAYERS, Problem, Split, few, role
+from planner.fit import Assignment
 from planner.hardware import Rig, gpu_names
 from planner.layout import Layouts
 from planner.memory import estimate_memory
@@ -122,19 +123,21 @@ class Search:
         larger = self.candidate(candidate.label, placement, replace(settings, batch=least_batch, ubatch=least_batch))
         return larger if self.holds(larger) else candidate
 
-    def boosted(self, gpus: Sequence[int], settings: LoadSettings, boosts: Iterable[float] = BOOSTS) -> Iterator[Candidate]:
+    def boosted(self, gpus: Sequence[int], settings: LoadSettings) -> Iterator[Candidate]:
         """The boost algorithm's layouts on ``gpus``, with the memory model's reserve in place of its own."""
         costs = layer_costs(self.profile, settings)
         first, middle, last = self._buffers(self.sizes(settings), len(gpus), partial=False)
         buffer = max(first, middle, last)
         reserves = [self.rig.gpus[i].free_bytes - self.limits[i] + self.request.runtime_bytes + buffer for i in gpus]
         layouts = Layouts(costs, [self.rig.gpus[i] for i in gpus], reserves)
-        seen: set[Placement] = set()
-        for boost in boosts:
-            placement = on_rig(layouts.at(boost).placement, gpus, len(self.rig.gpus))
-            if placement not in seen and self._executable(placement):
-                seen.add(placement)
-                yield self.candidate(f"boost {boost:g}", placement, settings)
+        seen: set[Assignment] = set()
+        for layout in map(layouts.at, BOOSTS):
+            if layout.final in seen:
+                continue
+            seen.add(layout.final)
+            placement = on_rig(layout.placement, gpus, len(self.rig.gpus))
+            if self._executable(placement):
+                yield self.candidate(f"boost {layout.boost:g}", placement, settings)
 
     def _executable(self, placement: Placement) -> bool:
         """llama-server's ``-ngl`` counts the output layer first: it can't leave it in RAM and layers on a GPU."""

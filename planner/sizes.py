@@ -7,7 +7,8 @@ measured anew with ``estimate_memory``.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Iterable
+from operator import add
 
 from planner.cache import caches_before
 from planner.memory import estimate_memory
@@ -26,10 +27,9 @@ class Sizes:
         self.profile = profile
         self.settings = settings
         self.n_layers = profile.n_layers
-        self.held_prefix = tuple(
-            weights + cache for weights, cache in zip(profile.weights_before, caches_before(profile, settings), strict=True)
-        )
-        self.experts_prefix = (0, *accumulate(layer.expert_bytes for layer in profile.layers))
+        held: Iterable[int] = map(add, profile.weights_before, caches_before(profile, settings))
+        self.held_prefix = tuple(held)
+        self.experts_prefix = profile.experts_before
         self.output_bytes = profile.output_bytes
 
     def held_bytes(self, start: int, stop: int) -> int:

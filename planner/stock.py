@@ -137,7 +137,7 @@ def settings_on(profile: ModelProfile, rig: Rig, request: PlanRequest, gpus: Seq
         return settings
     predicted = predict_server_vram(profile, settings.total_ctx)
     batch = automatic_batch(settings, predicted, [rig.gpus[i] for i in gpus], available_bytes(rig, gpus))
-    return replace(settings, batch=batch, ubatch=batch)
+    return settings if batch == settings.batch else replace(settings, batch=batch, ubatch=batch)
 
 
 def stock_load(profile: ModelProfile, rig: Rig, request: PlanRequest) -> StockLoad:
