@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 from planner.choice import choose, ranked
 from planner.costs import layer_costs
@@ -69,8 +70,9 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
     solos = search.solos(load.settings.batch)
     by_options = [*solos, *_all_layers(search, stock, load)]
     seen = list(_without(stock, [*by_options, *_splits(search, load, solos)]))
-    rejected = tuple(candidate for candidate in seen if not search.holds(candidate))
-    fitting = ranked((candidate for candidate in seen if search.holds(candidate)), request.objective)
+    held = [search.holds(candidate) for candidate in seen]
+    rejected = tuple(candidate for candidate, holds in zip(seen, held, strict=True) if not holds)
+    fitting = ranked(compress(seen, held), request.objective)
     deliverable = [candidate for candidate in fitting if candidate in by_options]
 
     named = _on_named_gpu(request, (stock, *fitting))

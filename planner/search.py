@@ -22,13 +22,23 @@ from planner.cuts import EXACT_GPUS, FEW_LAYERS, ROLES, SLACK_LAYERS, Problem, S
 from planner.fit import Assignment
 from planner.hardware import Rig, gpu_names
 from planner.layout import Layouts
-from planner.memory import estimate_memory
+from planner.memory import MemoryEstimate, estimate_memory
 from planner.placement import Placement, in_words, solo
 from planner.profile import ModelProfile
 from planner.request import Candidate, Objective, PlanRequest
 from planner.settings import LoadSettings
 from planner.sizes import Sizes, sizes_of
-from planner.speed import PROMPT_TOKENS, Work, decode_seconds, gpu_rates, host_rates, model_work, prefill_seconds, work_speed
+from planner.speed import (
+    PROMPT_TOKENS,
+    Speed,
+    Work,
+    decode_seconds,
+    gpu_rates,
+    host_rates,
+    model_work,
+    prefill_seconds,
+    work_speed,
+)
 from planner.stock import StockLoad, on_rig, settings_on
 
 BOOSTS = (1.0, 1.25, 1.5, 1.75, 2.0)
@@ -60,6 +70,7 @@ class Search:
         self.names = gpu_names(rig.gpus)
         self._runtime = (request.runtime_bytes,) * len(rig.gpus)
         self._work: dict[LoadSettings, Work] = {}
+        self._measured: dict[tuple[Placement, LoadSettings], tuple[MemoryEstimate, Speed]] = {}
 
     def sizes(self, settings: LoadSettings) -> Sizes:
         """The sizes under ``settings``."""
@@ -86,14 +97,18 @@ class Search:
         shifts_bytes: Sequence[int] = (),
     ) -> Candidate:
         """``placement`` with its memory and its speed. ``limits``: if not given, free bytes less the margin."""
-        memory = estimate_memory(self.profile, settings, placement, runtime_bytes=self._runtime)
+        known = self._measured.get((placement, settings))
+        if known is None:
+            memory = estimate_memory(self.profile, settings, placement, runtime_bytes=self._runtime)
+            speed = work_speed(self.work(settings), placement, self.rates, self.host, ubatch=settings.ubatch)
+            known = self._measured[placement, settings] = memory, speed
+        memory, speed = known
         if any(shifts_bytes):
             devices = tuple(
                 replace(device, weights_bytes=device.weights_bytes + shift)
                 for device, shift in zip(memory.devices, shifts_bytes, strict=True)
             )
             memory = replace(memory, devices=devices)
-        speed = work_speed(self.work(settings), placement, self.rates, self.host, ubatch=settings.ubatch)
         return Candidate(
             label=label,
             placement=placement,
