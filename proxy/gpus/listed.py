@@ -9,7 +9,7 @@ One device a line after ``Available devices:`` (``common_print_available_devices
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planner.hardware import Gpu, Host, Rig
@@ -19,6 +19,10 @@ from proxy.gpus.specs import find_card
 
 _LINE = re.compile(r"^ +([A-Za-z]+)([0-9]{1,9}): (.*) \(([0-9]{1,9}) MiB, ([0-9]{1,9}) MiB free\)\s*$", re.MULTILINE)
 """Nine digits are a million GiB; Python refuses to read thousands of them."""
+
+
+MOST_DEVICES = 16
+"""llama.cpp knows no more (``llama_max_devices`` in ``src/llama.cpp``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +37,8 @@ class ListedDevice:
 
 
 def parse_listing(text: str) -> tuple[ListedDevice, ...]:
-    """The devices in the order of the list; other lines are passed over, and so are devices without a number (``BLAS``)."""
+    """The devices in the order of the list, ``MOST_DEVICES`` at most; other lines are passed over, and so are devices without a
+    number (``BLAS``)."""
     return tuple(
         ListedDevice(
             name=library + number,
@@ -42,18 +47,41 @@ def parse_listing(text: str) -> tuple[ListedDevice, ...]:
             total_bytes=int(total_mib) * MIB,
             free_bytes=min(int(free_mib), int(total_mib)) * MIB,
         )
-        for library, number, description, total_mib, free_mib in _LINE.findall(text)
+        for library, number, description, total_mib, free_mib in _LINE.findall(text)[:MOST_DEVICES]
     )
 
 
-def rig_of(devices: Iterable[ListedDevice], *, known: Mapping[str, Gpu] | None = None, host: Host | None = None) -> Rig:
-    """The rig of a list, in its order. ``known`` has what else is known of a device by its name; of the two
+def rig_of(devices: Sequence[ListedDevice], *, known: Mapping[str, Gpu] | None = None, host: Host | None = None) -> Rig:
+    """The rig of a list, in its order. ``known`` has what else is known of devices by their names; of the two
     numbers of free bytes the smaller one counts, since a profile may hold some back.
 
     A card that is not known is looked up in the table of cards by its description, and else only its memory is known. A list
     says no UUID, so the device's name stands for it.
     """
-    return Rig(gpus=tuple(_gpu(device, (known or {}).get(device.name)) for device in devices), host=host or Host())
+    found = _identified(devices, known or {})
+    return Rig(gpus=tuple(_gpu(device, found.get(device.name)) for device in devices), host=host or Host())
+
+
+def _identified(devices: Sequence[ListedDevice], known: Mapping[str, Gpu]) -> dict[str, Gpu]:
+    """Which of the ``known`` cards each device is: its own if it is called so, else another that is, else its own.
+
+    A profile may have the cards in another order, and the order of the driver's is a guess.
+    """
+
+    def is_own(device: ListedDevice, card: Gpu) -> bool:
+        return card == known.get(device.name)
+
+    def is_called(device: ListedDevice, card: Gpu) -> bool:
+        return card.library == device.library and set(card.name.lower().split()) <= set(device.description.lower().split())
+
+    left, found = list(known.values()), {}
+    for fits in (lambda *both: is_own(*both) and is_called(*both), is_called, is_own):
+        for device in devices:
+            card = next((card for card in left if device.name not in found and fits(device, card)), None)
+            if card is not None:
+                found[device.name] = card
+                left.remove(card)
+    return found
 
 
 def _gpu(device: ListedDevice, known: Gpu | None) -> Gpu:

@@ -40,6 +40,11 @@ def test_numbers_that_no_device_has_make_no_device(line):
     assert parse_listing(f"Available devices:\n  {line}\n") == ()
 
 
+def test_no_more_devices_are_taken_than_llama_cpp_has():
+    lines = "".join(f"  CUDA{number}: X (1 MiB, 1 MiB free)\n" for number in range(400))
+    assert [device.name for device in parse_listing(lines)] == [f"CUDA{number}" for number in range(16)]
+
+
 def test_an_empty_list_has_no_devices():
     assert parse_listing("Available devices:\n  (none)\n") == ()
 
@@ -56,3 +61,23 @@ def test_what_the_driver_knows_of_a_card_wins_but_for_what_is_free():
     known = Gpu(uuid="GPU-1", name="NVIDIA GeForce RTX 3090", total_bytes=24576 * MIB, free_bytes=9000 * MIB, sm_count=80)
     gpu = rig_of(parse_listing(PRINTED), known={"CUDA0": known}).gpus[0]
     assert (gpu.uuid, gpu.sm_count, gpu.total_bytes, gpu.free_bytes) == ("GPU-1", 80, 24576 * MIB, 9000 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [
+        (("NVIDIA GeForce RTX 5090", "NVIDIA GeForce RTX 3090"), ("fast", "slow")),
+        (("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 5090"), ("slow", "fast")),
+        (("NVIDIA GeForce RTX 3090",), ("slow",)),
+        (("Other", "NVIDIA GeForce RTX 5090"), ("CUDA0", "fast")),
+        (("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 5090"), ("CUDA0", "slow", "fast")),
+        (("A", "B", "C"), ("fast", "slow", "CUDA2")),
+    ],
+)
+def test_a_card_is_the_one_of_its_name_though_a_profile_or_a_guess_has_another_order(listed, found):
+    names = {"fast": "RTX 5090", "slow": "RTX 3090"}
+    cards = [Gpu(uuid=uuid, name=name, total_bytes=8 * MIB, free_bytes=4 * MIB) for uuid, name in names.items()]
+    text = "".join(f"  CUDA{number}: {name} (8 MiB, 6 MiB free)\n" for number, name in enumerate(listed))
+    rig = rig_of(parse_listing(text), known={"CUDA0": cards[0], "CUDA1": cards[1]})
+    assert tuple(gpu.uuid for gpu in rig.gpus) == found
+    assert all(gpu.free_bytes == (4 if gpu.uuid in names else 6) * MIB for gpu in rig.gpus)
