@@ -152,9 +152,10 @@ class Placements:
             return None
         blob = blob_name(failed.blob)
         # the launcher's next answer is another: also where it was first seen by this very load, or by another that failed
-        if not self._launches.failed(blob) and self._launches.level(blob) <= decision.level:
-            if not failed.delivery.options:
-                return None
+        answers_anew = self._launches.failed(blob) or self._launches.level(blob) > decision.level
+        if not failed.delivery.options and not answers_anew:
+            return None
+        if failed.delivery.options and not (failed.delivery.by_launcher and answers_anew):  # a card that options name stays so
             if self._failures.add(failed):
                 log.warning("%s: %s ran out of memory", failed.model, failed.delivery.text)
             if (slot := self._slots[failed.blob]).current is failed:

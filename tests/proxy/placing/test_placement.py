@@ -396,6 +396,23 @@ async def test_the_launchers_answer_to_a_load_that_nobody_expected_it_for_is_tri
     assert launches.careful("b", 1024) == 1
 
 
+@pytest.mark.parametrize("spread", [False, True])
+async def test_a_card_that_options_named_is_given_up_with_the_launchers_first_answer(spread):
+    # shows: the launcher, seen by this very load, cannot lead it elsewhere; so no load is tried more often than plan, margin, stock
+    launches = Launches(lambda: 0.0)
+    placements = fixed_placements(launches=launches)
+    decision = await placements.decide(load_request(1024))
+    assert decision.delivery.options == {"main_gpu": 1}
+    for level in range(2):
+        launches.asked("b", spread=spread)
+        assert launches.careful("b", 1024) == level
+        launches.given("b", level, 1024)
+        decision = await placements.after_failure(decision)
+        assert decision is not None
+        assert not decision.delivery.options
+    assert launches.careful("b", 1024) == 2
+
+
 async def test_all_who_waited_for_the_launchers_answer_try_again_once():
     # shows: the first to hear of the failure does not take the second try from the others, and it ends
     launches = Launches(lambda: 0.0)
