@@ -24,6 +24,9 @@ MEMBER_LIMIT = 10_000
 DEPTH_LIMIT = 10_000
 """Nested containers, as in Go's ``encoding/json``."""
 
+VALUE_LIMIT_BYTES = 4096
+"""Largest value that is decoded: what is looked at are names, options and times."""
+
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 _value_of = json.JSONDecoder().raw_decode
 """``json.loads`` of a text that is one value and nothing else, as the scan cuts them out: without looks at what is around it."""
@@ -166,10 +169,10 @@ def decode_string(token: bytes) -> str:
         raise JsonError(f"not a string: {error}") from None
 
 
-def decode(text: bytes, member: Member, *, limit_bytes: int = 4096) -> Any:
-    """The member's value. Raises ``JsonError`` where it is larger than ``limit_bytes`` or no JSON."""
-    if member.end - member.value_start > limit_bytes:
-        raise JsonError(f"the value of {member.key!r} is larger than {limit_bytes} bytes")
+def decode(text: bytes, member: Member) -> Any:
+    """The member's value. Raises ``JsonError`` where it is larger than ``VALUE_LIMIT_BYTES`` or no JSON."""
+    if member.end - member.value_start > VALUE_LIMIT_BYTES:
+        raise JsonError(f"the value of {member.key!r} is larger than {VALUE_LIMIT_BYTES} bytes")
     try:
         return _value_of(text[member.value_start : member.end].decode(errors="replace"))[0]
     except (ValueError, RecursionError) as error:

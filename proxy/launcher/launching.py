@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from planner.hardware import Gpu, Rig
-from planner.plan import Plan, Planner, make_plan
+from planner.plan import Plan, Planner
 from planner.profile import ModelProfile
 from proxy.config.rulefile import RuleFile
 from proxy.config.settings import Settings
@@ -64,8 +64,7 @@ class Launching:
 
     ``rig`` reads the GPUs and raises ``GpuError``; it is ``live`` where it tells what is free beside all that is loaded, else the
     launcher is asked for that. ``order`` is what is known of Ollama's device order; ``injected`` has the options that lopsided
-    itself put into the requests for a blob, ``in_force`` the blobs of models that are taken to be loaded; ``clock`` is
-    monotonic, in seconds.
+    itself put into the requests for a blob, ``in_force`` the blobs of models that are taken to be loaded.
     """
 
     def __init__(
@@ -76,14 +75,12 @@ class Launching:
         ollama: Ollama,
         settings: Settings,
         launches: Launches,
-        injected: Callable[[str], Mapping[str, object]] = lambda blob: {},  # noqa: ARG005
-        rules: RuleFile | None = None,
-        order: DeviceOrder | None = None,
-        planner: Planner = make_plan,
-        in_force: Callable[[], Collection[str]] = tuple,
-        live: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-        answer_s: float = ANSWER_S,
+        injected: Callable[[str], Mapping[str, object]],
+        rules: RuleFile,
+        order: DeviceOrder | None,
+        planner: Planner,
+        in_force: Callable[[], Collection[str]],
+        live: bool,
     ) -> None:
         self._rig = rig
         self._injected = injected
@@ -91,13 +88,11 @@ class Launching:
         self._ollama = ollama
         self._settings = settings
         self._launches = launches
-        self._rules = rules or RuleFile(None)
+        self._rules = rules
         self._order = order
-        self._plans_for = RuledPlans(catalog=catalog, rules=self._rules, settings=settings, planner=planner)
+        self._plans_for = RuledPlans(catalog=catalog, rules=rules, settings=settings, planner=planner)
         self._in_force = in_force
         self._live = live
-        self._clock = clock
-        self._answer_s = answer_s
         self._profiles: OrderedDict[tuple[str, int, int], ModelProfile] = OrderedDict()
         self._plans: OrderedDict[object, tuple[asyncio.Task[Plan], float]] = OrderedDict()  # under way, or too late
         self._watching: asyncio.Task[None] | None = None
@@ -116,11 +111,11 @@ class Launching:
             if request.gpu_layers is not None and request.gpu_layers == self._injected(request.blob).get("num_gpu"):
                 request = replace(request, gpu_layers=None)  # lopsided's own, from before the launcher was seen
             if request.wish is None:
-                async with asyncio.timeout(self._answer_s):
+                async with asyncio.timeout(ANSWER_S):
                     return await self._answer(request)
             reason = request.wish
         except TimeoutError:
-            reason = f"no plan within {self._answer_s:g} s; it is kept for the next launch"
+            reason = f"no plan within {ANSWER_S:g} s; it is kept for the next launch"
         except LopsidedError as error:
             reason = str(error)
         except Exception as error:
@@ -180,10 +175,10 @@ class Launching:
             careful,
         )
         task, since = self._plans.get(key, (None, 0.0))
-        if task is None or (task.done() and self._clock() - since > KEPT_S):
+        if task is None or (task.done() and time.monotonic() - since > KEPT_S):
             task = asyncio.create_task(self._make(request, rig, careful), name="plan a launch")
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._plans[key] = (task, self._clock())
+            self._plans[key] = (task, time.monotonic())
             while len(self._plans) > PLANS_KEPT:
                 self._plans.popitem(last=False)
         try:

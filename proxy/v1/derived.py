@@ -59,13 +59,12 @@ class _Made:
 
 
 class Derived:
-    """The derived models of one Ollama. ``clock`` is monotonic, in seconds."""
+    """The derived models of one Ollama."""
 
-    def __init__(self, *, ollama: Ollama, catalog: Catalog, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, ollama: Ollama, catalog: Catalog, enabled: bool) -> None:
         self._ollama = ollama
         self._catalog = catalog
         self._enabled = enabled
-        self._clock = clock
         self._made: dict[str, _Made] = {}  # by name in lower case
         self._by_use: dict[tuple[str, str, str], _Made] = {}  # by what requests ask for
         self._refused: dict[str, tuple[str, float]] = {}  # by the base's full name
@@ -83,7 +82,7 @@ class Derived:
         if not self._enabled:
             return "LOPSIDED_V1 is off"
         reason, at = self._refused.get(full_name(model), ("", 0.0)) if self._refused else ("", 0.0)
-        return reason if reason and self._clock() - at < REFUSED_S else None
+        return reason if reason and time.monotonic() - at < REFUSED_S else None
 
     async def name_for(self, model: str, blob: str, options: Options) -> str:
         """The name of ``model`` with ``options``, made now where there is none; ``blob`` is where its weights are.
@@ -93,7 +92,7 @@ class Derived:
         """
         use = (full_name(model), blob, repr(sorted(options.items())))
         made = self._by_use.get(use)
-        if made is not None and self._clock() - made.checked_at < CHECK_S:
+        if made is not None and time.monotonic() - made.checked_at < CHECK_S:
             return made.name
         task = self._start(f"derive {use}", lambda: self._renewed(use, model, blob, options))
         try:
@@ -183,7 +182,7 @@ class Derived:
             log.info("%s with %s is %s on /v1", model, dict(options), name)
             self._start("tidy", self._tidy)
             self._start("keep tidy", self._keep_tidy)
-        made.checked_at = self._clock()
+        made.checked_at = time.monotonic()
         self._by_use[use] = made
         return name
 
@@ -258,7 +257,7 @@ class Derived:
     def _refuse(self, base: str, reason: str) -> None:
         if len(self._refused) >= NAMES_KEPT:
             self._refused.clear()
-        self._refused[base] = (reason, self._clock())
+        self._refused[base] = (reason, time.monotonic())
         log.warning("%s keeps no placement on /v1: %s", base, reason)
 
     def _remember(self, name: str, digest: str) -> None:
