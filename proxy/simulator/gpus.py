@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-from planner.hardware import Gpu, Host, Rig
+from planner.hardware import Rig
 
 
 class SimulatedGpus:
@@ -33,17 +32,3 @@ class SimulatedGpus:
     def occupy(self, gpu: int, used_bytes: int) -> None:
         """Lets another program (a desktop, a game) hold ``used_bytes`` of card ``gpu`` from now on."""
         self._occupied[gpu] = used_bytes
-
-
-def rig_to_json(rig: Rig) -> dict[str, Any]:
-    """A rig as ``GET /simulator/gpus`` answers it, for a proxy in another process."""
-    return {"gpus": [asdict(gpu) for gpu in rig.gpus], "host": asdict(rig.host)}
-
-
-def rig_from_json(value: Mapping[str, Any]) -> Rig:
-    """What ``rig_to_json`` wrote. Raises ``KeyError``, ``TypeError`` or ``ValueError`` for anything else."""
-    gpus = []
-    for fields in value["gpus"]:
-        capability = fields["compute_capability"]
-        gpus.append(Gpu(**{**fields, "compute_capability": capability and tuple(capability)}))
-    return Rig(gpus=tuple(gpus), host=Host(**value["host"]))

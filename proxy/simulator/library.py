@@ -9,7 +9,6 @@ from typing import Any
 
 from proxy.simulator import gojson
 from proxy.simulator.exchange import Exchange
-from proxy.simulator.gpus import rig_to_json
 from proxy.simulator.http import NDJSON, PLAIN_JSON, Response, error, json_response
 from proxy.simulator.store import full_name, is_valid_name, show
 
@@ -148,13 +147,8 @@ def offline(name: str) -> str:
     return f'pull model manifest: Get "{url}": dial tcp: lookup registry.ollama.ai on {RESOLVER}: no such host'
 
 
-async def gpus(exchange: Exchange) -> Response:
-    """``GET /simulator/gpus``: the simulated cards now, which no real Ollama tells."""
-    return json_response(rig_to_json(exchange.simulator.rig()))
-
-
 async def history(exchange: Exchange) -> Response:
-    """``GET /simulator/history``: what the scheduler did, and with how many layers on which card."""
+    """``GET /simulator/history``: what the scheduler did, and with how many layers on which card; no real Ollama tells."""
     events = [
         {"kind": event.kind, "model": event.model, "layers": event.load and event.load.placement.shares}
         for event in tuple(exchange.simulator.scheduler.history)

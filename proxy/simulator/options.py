@@ -51,7 +51,7 @@ class OptionError(ValueError):
 class RunnerOptions:
     """What a load is made with. ``None`` (``num_gpu``: −1) leaves the choice to Ollama.
 
-    ``tensor_split`` is no option of Ollama's; forks that know it are simulated with ``Simulator(honours_tensor_split=True)``.
+    ``tensor_split`` is no option of Ollama's; forks that know it are simulated with ``Environment.honours_tensor_split``.
     """
 
     num_ctx: int | None = None

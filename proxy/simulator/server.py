@@ -40,7 +40,6 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/embeddings": {"POST": compatible.embeddings},
     "/v1/responses": {"POST": compatible.responses},
     "/v1/messages": {"POST": compatible.messages},
-    "/simulator/gpus": {"GET": library.gpus},
     "/simulator/history": {"GET": library.history},
 }
 

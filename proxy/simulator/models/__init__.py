@@ -68,11 +68,12 @@ def _from_header(name: str, header: Header) -> Model:
 
 
 def _embedder() -> Model:
-    return build_model(EMBEDDER, bert_profile(), modified_ns=MADE_NS, capabilities=("embedding",))
+    return build_model(EMBEDDER, _minilm(), modified_ns=MADE_NS, capabilities=("embedding",))
 
 
-def bert_profile(*, n_layers: int = 6, width: int = 384, ffn: int = 1536, vocab: int = 30522, context: int = 512) -> ModelProfile:
-    """The shape of a BERT in half precision; the default is all-MiniLM-L6's."""
+def _minilm() -> ModelProfile:
+    """all-MiniLM-L6, a BERT in half precision."""
+    n_layers, width, ffn, vocab, context = 6, 384, 1536, 30522, 512
     half, single = ggml_type("f16"), ggml_type("f32")
     metadata: dict[str, Scalar | tuple[Scalar, ...]] = {
         "general.architecture": "bert",

@@ -1,9 +1,7 @@
 """The simulated cards: free memory follows what is held."""
 
-import json
-
 from planner.hardware import Gpu, Host, Rig
-from proxy.simulator.gpus import SimulatedGpus, rig_from_json, rig_to_json
+from proxy.simulator.gpus import SimulatedGpus
 
 CARD = Gpu(uuid="a", name="A", total_bytes=100, free_bytes=90, compute_capability=(8, 6))
 RIG = Rig(gpus=(CARD, Gpu(uuid="b", name="B", total_bytes=50, free_bytes=50)), host=Host(total_bytes=7))
@@ -28,7 +26,3 @@ def test_a_card_never_has_less_than_nothing_free():
     gpus = SimulatedGpus(RIG)
     gpus.occupy(1, 60)
     assert free(gpus) == [90, 0]
-
-
-def test_a_rig_survives_the_way_through_json():
-    assert rig_from_json(json.loads(json.dumps(rig_to_json(RIG)))) == RIG
