@@ -21,9 +21,8 @@ END = b"0\r\n\r\n"
 
 @dataclass
 class Answer:
-    """Seconds to the first byte and to the end, and how late each stamped chunk was, in seconds."""
+    """Seconds to the end, and how late each stamped chunk was, in seconds."""
 
-    first_s: float = 0.0
     total_s: float = 0.0
     late_s: list[float] = field(default_factory=list)
 
@@ -93,7 +92,6 @@ class Client(asyncio.Protocol):
                 self.head = b""
                 return
             self.in_head = False
-            self.answer.first_s = time.perf_counter() - self.began
             if not head.startswith(b"HTTP/1.1 200"):
                 self.done.set_exception(RuntimeError((head + data)[:600].decode(errors="replace")))  # type: ignore[union-attr]
                 return

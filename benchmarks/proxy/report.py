@@ -20,7 +20,6 @@ LIMITS: Mapping[str, tuple[str, float]] = {
 
 BODY_LIMIT_MS = 15.0
 PLAN_LIMIT_US = 50.0
-RATES = ("chunks per s", "requests per s")
 
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("short p50 us", "short request p50, ms", lambda value: f"{value / 1e3:.2f}"),
@@ -46,9 +45,9 @@ def added(rounds: Rounds, contender: str, name: str) -> list[float]:
     return [value - direct for value, direct in zip(values, rounds["direct"][name], strict=False)]
 
 
-def ratios(rounds: Rounds, contender: str, name: str, to: str = "naive") -> list[float]:
-    """How much ``contender`` has of what ``to`` has, in each round."""
-    pairs = zip(added(rounds, contender, name), added(rounds, to, name), strict=False)
+def ratios(rounds: Rounds, contender: str, name: str) -> list[float]:
+    """How much ``contender`` has of what the naive proxy has, in each round."""
+    pairs = zip(added(rounds, contender, name), added(rounds, "naive", name), strict=False)
     return [one / other for one, other in pairs]
 
 
