@@ -30,8 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.measure import pci_ids, prompt, run_server, running, settled_mib, used_mib, wait_until_loaded
-from benchmarks.gpu.measure import post as complete
+from benchmarks.gpu.measure import complete, pci_ids, run_server, running, settled_mib, used_mib, wait_until_loaded
 from benchmarks.gpu.models import SAMPLING, SHAPES, write
 from benchmarks.gpu.ollama import clean_environment, get, lopsided, make_store, make_tree, post, process, unload
 from benchmarks.gpu.serverlog import last_load
@@ -398,8 +397,7 @@ def tuned(bench: Bench, name: str) -> int:
         def rate(sms: int) -> float:
             bench.hold(sms)
             time.sleep(0.5)
-            body = {"prompt": prompt(0), "n_predict": 48, "ignore_eos": True, "cache_prompt": True, **SAMPLING}
-            return float(complete(port, "/completion", body, timeout_s=20)["timings"]["predicted_per_second"])  # type: ignore[index]
+            return complete(port, 0, timeout_s=20, n_predict=48, cache_prompt=True, **SAMPLING)["predicted_per_second"]
 
         rate(0)
         free = rate(0)
@@ -408,7 +406,7 @@ def tuned(bench: Bench, name: str) -> int:
         while sms not in rates:
             try:
                 rates[sms] = rate(sms) / free
-            except OSError:
+            except (OSError, RuntimeError):
                 rates[sms] = 0.0
             print(f"{name}, {sms} SMs held: {rates[sms]:.2f} of the GPU's decode rate of {free:.1f} tokens/s", flush=True)
             if SHARES[0] <= rates[sms] <= SHARES[1]:

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from typing import Any
 
 import pynvml
 
+from benchmarks.gpu.ollama import post
 from benchmarks.gpu.serverlog import last_load
 
 LOAD_TIMEOUT_S = 240
@@ -72,12 +72,10 @@ def settled_mib(idle: Sequence[float], patience_s: float = 15.0, still_s: float 
         time.sleep(0.1)
 
 
-def post(port: int, path: str, body: dict[str, object], timeout_s: float = 300) -> dict[str, object]:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-        return json.load(answer)
+def complete(port: int, run: int, *, timeout_s: float = 300, **options: object) -> dict[str, float]:
+    """The timings of one answer to ``prompt(run)``. Raises ``OSError`` or ``RuntimeError`` where there is none."""
+    body = {"prompt": prompt(run), "ignore_eos": True, **options}
+    return post(f"http://127.0.0.1:{port}/completion", body, timeout_s)["timings"]  # type: ignore[no-any-return]
 
 
 def wait_until_loaded(port: int, server: subprocess.Popen[bytes]) -> None:
@@ -86,7 +84,7 @@ def wait_until_loaded(port: int, server: subprocess.Popen[bytes]) -> None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.1)
     raise RuntimeError("the server ended or did not load in time")
 
@@ -120,9 +118,7 @@ def rates(port: int, runs: int, answer_tokens: int, sampling: Mapping[str, float
     """Medians of ``runs`` runs: a prompt of 2048 tokens, then the answer, none of it from the prompt cache."""
     decode, prefill = [], []
     for run in range(runs):
-        body = {"prompt": prompt(run), "n_predict": answer_tokens, "cache_prompt": False, "ignore_eos": True, **sampling}
-        timings = post(port, "/completion", body)["timings"]
-        assert isinstance(timings, dict)
+        timings = complete(port, run, n_predict=answer_tokens, cache_prompt=False, **sampling)
         decode.append(timings["predicted_per_second"])
         prefill.append(timings["prompt_per_second"])
     return {
