@@ -66,7 +66,7 @@ lock: $(STAMP)  ## pins anew what pyproject.toml asks for; UPGRADE=1 takes the n
 	$(LOCK) pyproject.toml --constraint requirements/dev.lock --output-file requirements/runtime.lock
 	$(LOCK) --group build --constraint requirements/dev.lock --output-file requirements/build.lock
 
-clean:  ## removes what the targets above made
+clean:  ## removes what the targets above made, but for .cache (the compiled engine) and measured rows
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMP): requirements/dev.lock pyproject.toml

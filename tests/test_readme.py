@@ -1,4 +1,4 @@
-"""The README against the program: its tables of the demo, its plan, its settings, its commands, its links.
+"""The README against the program: its tables of the demo, its plan, its settings, its commands; the links of all pages.
 
 ``python -m tests.test_readme`` (``make readme``) writes what is printed anew.
 """
@@ -14,6 +14,7 @@ from proxy.config.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 DEMO = re.compile(r"(?<=<!-- demo:begin \(make demo ONCE=1\) -->\n).*?(?=<!-- demo:end -->)", re.DOTALL)
 
 
@@ -76,9 +77,19 @@ def test_every_command_is_listed_and_no_other():
 
 
 def test_every_file_that_the_pages_point_to_exists():
-    for page in (README, *(ROOT / "docs").glob("*.md")):
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_test_that_the_pages_name_exists():
+    for page in PAGES:
+        text = ""
+        for file, name in re.findall(r"`((?:\w+/)*test_\w+\.py)?(?:::(test_\w+))?`", page.read_text()):
+            if file:
+                found = [folder / file for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "proxy")]
+                text = next(path.read_text() for path in found if path.is_file())
+            assert not name or f"def {name}(" in text, f"{page.name}: {name}"
 
 
 if __name__ == "__main__":
