@@ -39,6 +39,9 @@ INTEGER_OPTIONS = ("num_gpu", "main_gpu", "num_ctx", "num_batch")
 QUOTE_LIMIT = 4_000_000
 """Quotes in a body that is looked through, less than 0.5 s of work; beyond it the request passes as it is."""
 
+FEW_QUOTES = 10_000
+"""Quotes up to which they are found one by one: that passes over an image thirty times as fast as counting does."""
+
 _ZERO_DURATION = re.compile(r"[+-]?(?:0++\.?0*+|\.0++)(?:(?:ns|us|µs|μs|ms|s|m|h)(?:0++\.?0*+|\.0++)?)*+")
 """A duration of zero as Go reads it. Nothing is tried twice (``+``, ``*+``): clients could make that last for ever."""
 
@@ -103,7 +106,7 @@ def parse_load_request(path: str, body: bytes) -> LoadRequest:
     Raises ``JsonError`` where Ollama would not understand it either (or would, by rules that are not worth knowing): such a
     request goes on as it is, and Ollama's own answer comes back.
     """
-    if len(body) > QUOTE_LIMIT and body.count(b'"') > QUOTE_LIMIT:
+    if len(body) > QUOTE_LIMIT and _has_many_quotes(body):
         raise JsonError(f"more than {QUOTE_LIMIT} quotes")
     start = blank_end(body, 0)
     by_name: dict[str, list[Member]] = {}
@@ -139,6 +142,14 @@ def parse_load_request(path: str, body: bytes) -> LoadRequest:
         fields=by_name,
         option_members=tuple(option_members),
     )
+
+
+def _has_many_quotes(body: bytes) -> bool:
+    position = -1
+    for _ in range(FEW_QUOTES):
+        if (position := body.find(b'"', position + 1)) < 0:
+            return False
+    return body.count(b'"', position) > QUOTE_LIMIT - FEW_QUOTES
 
 
 _WANTED = frozenset(INTEGER_OPTIONS) | {"tensor_split"}
