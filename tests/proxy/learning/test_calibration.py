@@ -147,6 +147,20 @@ def test_what_overlaps_on_a_card_is_not_counted(tmp_path):
         assert len(it.simulator.requests) > 4
 
 
+def test_what_overlaps_on_different_cards_is_counted(tmp_path):
+    # shows: two models, each on a card of its own, do not slow each other down
+    def planner(profile, rig, request):
+        return on(int(profile.n_layers == MODELS[0].profile.n_layers))(profile, rig, request)
+
+    with stage(planner, state=str(tmp_path), time_scale=0.02) as it, ThreadPoolExecutor(2) as pool:
+        names = [model.name for model in MODELS]
+        for name in names:  # both are loaded
+            it.ask(model=name)
+        kept(tmp_path, 2)
+        list(pool.map(lambda name: it.ask(model=name), names))
+        assert len(kept(tmp_path, 4)) == 4
+
+
 def test_a_prompt_that_a_cache_may_know_counts_for_the_answer_alone(tmp_path):
     # shows: llama-server's cache makes the second one read in no time, but Ollama counts its tokens
     with stage(state=str(tmp_path)) as it:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner.placement import solo
@@ -88,6 +88,8 @@ EVENTS = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(EVENTS)
+@example([(REPLAN_S, "ask", 0, 1.05)])
+@example([(LOOK_S + 1, "ask", 0, 1.5), (REPLAN_S, "begin", 0, 1.05), (REPLAN_S, "ask", 0, 1.5)])
 def test_a_loaded_model_never_flaps(events):
     # shows: whatever the planner says, options change at most once in REPLAN_S, for the gain alone, never during a request
     now, speeds = [0.0], Speeds()
