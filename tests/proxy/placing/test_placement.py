@@ -398,7 +398,7 @@ async def test_the_launchers_answer_to_a_load_that_nobody_expected_it_for_is_tri
 
 @pytest.mark.parametrize("spread", [False, True])
 async def test_a_card_that_options_named_is_given_up_with_the_launchers_first_answer(spread):
-    # shows: the launcher, seen by this very load, cannot lead it elsewhere; so no load is tried more often than plan, margin, stock
+    # shows: a launcher that this very load shows first cannot lead it elsewhere; no more is tried than plan, margin and stock
     launches = Launches(lambda: 0.0)
     placements = fixed_placements(launches=launches)
     decision = await placements.decide(load_request(1024))
