@@ -64,9 +64,14 @@ def held_bytes(plan: Plan | None, delivery: Delivery) -> tuple[int, ...] | None:
 class Ledger:
     """Keeps what ``in_force`` returns in ``file``; nothing here raises, and nobody waits longer than ``KEEP_S``."""
 
-    def __init__(self, file: StateFile, in_force: Callable[[], Iterable[InForce]]) -> None:
+    def __init__(
+        self, file: StateFile, in_force: Callable[[], Iterable[InForce]], spread: Callable[[], bool] = lambda: False
+    ) -> None:
         self._file = file
         self._in_force = in_force
+        self._spread = spread
+        self.spread = False
+        """Whether Ollama was seen to spread models (``OLLAMA_SCHED_SPREAD``), as it was read or written last."""
         self._changed = False
         self._writing: asyncio.Task[None] | None = None
 
@@ -75,6 +80,7 @@ class Ledger:
         value = self._file.read()
         if not value or value.get("format") != FORMAT:
             return ()
+        self.spread = value.get("spread") is True
         try:
             return tuple(from_json(row) for row in value["in_force"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -91,8 +97,8 @@ class Ledger:
     async def _write(self) -> None:
         while self._changed:
             self._changed = False
-            rows = [to_json(in_force) for in_force in self._in_force()]
-            await asyncio.to_thread(self._file.write, {"format": FORMAT, "in_force": rows})
+            rows, self.spread = [to_json(in_force) for in_force in self._in_force()], self._spread()
+            await asyncio.to_thread(self._file.write, {"format": FORMAT, "spread": self.spread, "in_force": rows})
 
 
 def file_name(upstream: Address) -> str:

@@ -107,7 +107,8 @@ class Placements:
         )
         self._facts: OrderedDict[str, ModelFacts] = OrderedDict()
         self._on_v1 = SeenOnV1(catalog, clock)
-        self._ledger = Ledger(StateFile(settings.state, file_name(settings.upstream)), self.in_force)
+        file = StateFile(settings.state, file_name(settings.upstream))
+        self._ledger = Ledger(file, self.in_force, lambda: self._launches.spread)
         self._taken_over: set[str] = set()
 
     def take_over(self) -> None:
@@ -115,6 +116,7 @@ class Placements:
         for in_force in self._ledger.read():
             self._slots[in_force.blob] = Slot(current=in_force, seen_at=-math.inf, restarts=self._restarts())
             self._taken_over.add(in_force.blob)
+        self._launches.spread = self._ledger.spread  # the launcher alone could tell, and may be gone
 
     # What requests do
 
@@ -216,7 +218,7 @@ class Placements:
                     restarts, before = self._restarts(), slot.current
                     slot.current = await self._renewed(slot, request, facts, num_ctx)
                     slot.seen_at, slot.restarts = self._clock(), restarts
-                    if slot.current is not before:
+                    if slot.current is not before or self._ledger.spread != self._launches.spread:
                         await self._ledger.keep()
         if slot.current is None:  # it failed for memory in between
             return await self._decide(request)

@@ -83,6 +83,21 @@ def test_a_loaded_models_plan_is_the_same_after_a_restart_and_nothing_reloads(ol
     assert [event.kind for event in simulator.scheduler.history if event.kind in ("load", "reload")] == ["load", "load"]
 
 
+def test_that_ollama_spreads_models_is_known_after_a_restart_without_the_launcher(ollama, tmp_path, monkeypatch):
+    # shows: an update of Ollama took the launcher away, then the machine was started anew: stock would go on both cards
+    _, upstream = ollama
+    monkeypatch.setattr(placement, "LOOK_S", 0.0)
+    launch = f"CUDA_VISIBLE_DEVICES=0,1\nOLLAMA_SCHED_SPREAD=1\n\n--model\n/sha256-{'0' * 64}\n-c\n4096\n"
+    with proxy_before(upstream, source=ollama[0], state=str(tmp_path)) as url:
+        body = {"model": MODEL, "prompt": "x", "stream": False, "options": {"num_predict": 1, "num_ctx": 4096}}
+        httpx.post(url + "/api/generate", json=body, timeout=20).raise_for_status()
+        httpx.post(url + "/lopsided/launch", content=launch).raise_for_status()
+        httpx.post(url + "/api/generate", json=body, timeout=20).raise_for_status()
+    httpx.post(upstream + "/api/generate", json={"model": MODEL, "keep_alive": 0})
+    with proxy_before(upstream, source=ollama[0], state=str(tmp_path)) as url:
+        assert httpx.post(url + "/api/generate", json=body, timeout=20).headers[HEADER] == "solo CUDA0; auto"
+
+
 def test_a_model_that_ended_meanwhile_is_planned_anew(ollama, tmp_path):
     _, upstream = ollama
     with asking(ollama, tmp_path, 1) as ask:
