@@ -24,7 +24,7 @@ from proxy.errors import LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.static import StaticSource
 from proxy.launcher.launches import Launches
-from proxy.models.catalog import Catalog, ModelFacts, full_name
+from proxy.models.catalog import MODELS_KEPT, Catalog, ModelFacts, full_name
 from proxy.ollama.client import Loaded, Ollama
 from proxy.ollama.endpoints import LoadRequest
 from proxy.ollama.names import blob_name
@@ -45,9 +45,6 @@ PLAN_S = 10.0
 
 LOOK_S = 1.0
 """Seconds for which a model seen in ``/api/ps``, or just used, counts as loaded."""
-
-NAMES_KEPT = 1024
-"""Models whose facts are remembered by name."""
 
 log = logging.getLogger("lopsided.placement")
 
@@ -218,6 +215,7 @@ class Placements:
                     restarts, before = self._restarts(), slot.current
                     slot.current = await self._renewed(slot, request, facts, num_ctx)
                     slot.seen_at, slot.restarts = self._clock(), restarts
+                    self._forget_oldest()
                     if slot.current is not before or self._ledger.spread != self._launches.spread:
                         await self._ledger.keep()
         if slot.current is None:  # it failed for memory in between
@@ -340,6 +338,12 @@ class Placements:
             return False
         return True
 
+    def _forget_oldest(self) -> None:
+        """Keeps ``MODELS_KEPT`` placements, those of requests under way and what was used last: each holds its plan."""
+        idle = sorted((slot for slot in self._slots.values() if slot.current and not slot.users), key=lambda slot: slot.seen_at)
+        for slot in idle[:-MODELS_KEPT]:
+            slot.current = None
+
     def _forget_ended(self, loaded: Collection[str], *, kept: str) -> None:
         """Drops what was taken over of models that are not ``loaded`` any more, once that is known."""
         for blob in self._taken_over - {kept, *loaded}:
@@ -350,6 +354,6 @@ class Placements:
     async def _facts_of(self, model: str) -> ModelFacts:
         facts = await self._catalog.facts(model)
         self._facts[full_name(model)] = facts
-        while len(self._facts) > NAMES_KEPT:
+        while len(self._facts) > MODELS_KEPT:
             self._facts.popitem(last=False)
         return facts

@@ -368,11 +368,28 @@ class Fixed:
 
 def fixed_placements(**parts):
     settings = load_settings(host="127.0.0.1:11435", upstream="127.0.0.1:1")
-    return Placements(ollama=Fixed(), catalog=Fixed(), settings=settings, **{"gpus": PAIR, "planner": on(1), **parts})
+    return Placements(settings=settings, **{"ollama": Fixed(), "catalog": Fixed(), "gpus": PAIR, "planner": on(1), **parts})
 
 
 def load_request(num_ctx):
     return parse_load_request("/api/generate", b'{"model":"m","options":{"num_ctx":%d}}' % num_ctx)
+
+
+async def test_placements_and_facts_are_kept_of_the_models_that_were_used_last(monkeypatch):
+    class Many(Fixed):
+        async def facts(self, name):
+            return replace(await super().facts(name), blob=name)
+
+    monkeypatch.setattr(placement, "MODELS_KEPT", 2)
+    clock = iter(range(1000))
+    placements = fixed_placements(catalog=Many(), clock=lambda: 10.0 * next(clock))
+    busy, *others = [await placements.decide(parse_load_request("/api/generate", b'{"model":"m%d"}' % n)) for n in range(6)]
+    for decision in others:
+        placements.done(decision, loaded=True)
+    await placements.decide(parse_load_request("/api/generate", b'{"model":"m6"}'))
+    assert [in_force.blob for in_force in placements.in_force()] == ["m0", "m5", "m6"]
+    assert busy.in_force in placements.in_force()
+    assert len(placements._facts) == 2
 
 
 async def test_a_failure_is_remembered_though_another_context_was_asked_for_meanwhile():
