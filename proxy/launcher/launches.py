@@ -143,8 +143,9 @@ class Launches:
         self._pending.pop(blob, None)
 
     def expect(self, blob: str) -> None:
-        """A request is about to load ``blob``, and counts on the launcher to place it."""
-        _put(self._expected, blob, None)
+        """A request is about to load ``blob``, and counts on the launcher to place it; or waits for a load that it has placed."""
+        if blob not in self.pending:
+            _put(self._expected, blob, None)
 
     def called(self, blob: str, model: str) -> None:
         """A request by the name ``model`` loads ``blob``."""

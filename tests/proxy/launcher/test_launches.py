@@ -116,6 +116,15 @@ def test_the_launcher_answers_from_its_first_question_until_a_load_goes_past_it(
     assert (launches.answering, launches.spread) == (True, False)
 
 
+def test_a_load_that_the_launcher_has_placed_does_not_go_past_it(launches):
+    # shows: a client that bypasses the proxy has started it, and a request comes before Ollama lists the model
+    launches.asked("a", spread=True)
+    launch(launches, "a")
+    launches.expect("a")
+    assert launches.answered("a")
+    assert launches.answering
+
+
 def test_a_blob_has_one_name_however_it_is_written():
     digest = "ab" * 32
     assert blob_name(f"sha256:{digest}") == blob_name(f"/models/blobs/sha256-{digest}") == f"sha256-{digest}"
