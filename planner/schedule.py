@@ -5,9 +5,10 @@ Nothing here depends on the number of cells, so that a schedule serves every con
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, groupby
 
 from planner.cache import layer_caches
 from planner.exchange import DevicePart, Exchange
@@ -85,8 +86,8 @@ class Schedules:
         self._sparse = sparse_cells(profile) > 0
         self._programs = Programs(profile, scale, self.sizes)
         each = self._sparse or self._has(PER_LAYER) or self.exchange.fetched_behind or self.exchange.may_attend_in_ram
-        self._visitor_runs = _runs(range(self._n) if each else layer_kinds(profile))
-        self._own_runs = _runs(range(self._n) if each or self.exchange.lends else self._shapes)
+        self._visitor_ends = None if each else _ends(self._kinds)
+        self._own_ends = None if each or self.exchange.lends else _ends(self._shapes)
         self._parts: dict[DevicePart, tuple[Schedule, tuple[int, ...]]] = {}
         self._alikes: dict[object, Schedule] = {}
         self._read_by: dict[tuple[int, bool, bool], tuple[int, ...]] = {}
@@ -102,7 +103,7 @@ class Schedules:
                 self._parts.clear()
                 self._alikes.clear()
             own = range(part.layers.start, min(part.layers.stop, self._n))
-            layers = [*_in_runs(self._visitor_runs, part.visitors), *_in_runs(self._own_runs, own, each=bool(part.host_experts))]
+            layers = _in_runs(self._visitor_ends, part.visitors) + _in_runs(None if part.host_experts else self._own_ends, own)
             alike = self._alike(part, layers)
             schedule = self._alikes.get(alike)
             if schedule is None:
@@ -317,20 +318,27 @@ class Schedules:
         return (*names, *mask, *extra)
 
 
-def _runs(kinds: Sequence[int]) -> list[range]:
-    """The runs of consecutive layers of one kind."""
-    starts = [i for i, kind in enumerate(kinds) if not i or kind != kinds[i - 1]]
-    return [range(start, stop) for start, stop in pairwise((*starts, len(kinds)))]
+def _ends(kinds: Iterable[int]) -> list[int]:
+    """Where each run of consecutive layers of one kind ends."""
+    return [*accumulate(len(list(run)) for _, run in groupby(kinds))]
 
 
-def _in_runs(runs: Sequence[range], layers: range, *, each: bool = False) -> Iterator[tuple[int, int]]:
-    """``layers``, those between the first and the last of a run as one that is repeated; with ``each`` none is."""
-    for run in [layers] if each else runs:
-        start, stop = max(run.start, layers.start), min(run.stop, layers.stop)
-        if stop - start > 2 and not each:
-            yield from ((start, 1), (start + 1, stop - start - 2), (stop - 1, 1))
+def _in_runs(ends: Sequence[int] | None, layers: range) -> list[tuple[int, int]]:
+    """``layers``, those between the first and the last of a run as one that is repeated; without ``ends`` none is."""
+    if ends is None:
+        return [(i, 1) for i in layers]
+    found = []
+    start = layers.start
+    for end in ends[bisect_right(ends, start) :]:
+        stop = min(end, layers.stop)
+        if stop - start > 2:
+            found += [(start, 1), (start + 1, stop - start - 2), (stop - 1, 1)]
         else:
-            yield from ((i, 1) for i in range(start, stop))
+            found += [(i, 1) for i in range(start, stop)]
+        if stop == layers.stop:
+            break
+        start = stop
+    return found
 
 
 def schedules_of(profile: ModelProfile, scale: Scale) -> Schedules:

@@ -31,7 +31,7 @@ def mixed(profile: ModelProfile) -> ModelProfile:
 def layer_by_layer(profile: ModelProfile, load: LoadSettings, placement: Placement) -> MemoryEstimate:
     """The estimate with each layer on its own, and those of other types as another kind."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("planner.schedule._in_runs", lambda runs, layers, each=False: [(i, 1) for i in layers])
+        patch.setattr("planner.schedule._in_runs", lambda ends, layers: [(i, 1) for i in layers])
         patch.setattr("planner.schedule.layer_shapes", layer_kinds)
         patch.setattr("planner.programs.layer_shapes", layer_kinds)
         return estimate_memory(replace(profile), load, placement)
