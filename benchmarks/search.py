@@ -1,7 +1,7 @@
 """How long a plan takes: ``python benchmarks/search.py``. The model is read once; each plan is made anew, as the proxy does it.
 
-*first*: nothing about the model is known yet (compute buffers are replayed); *again*: the median of later plans, each with other
-free memory, as after a model was loaded or unloaded.
+*first*: nothing about the model is known yet (compute buffers are replayed), or in the second and third row only what those above
+needed; *again*: the median of later plans, each with other free memory, as after a model was loaded or unloaded.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def main() -> None:
     measure(llama, CARDS[:2], 8192)
     measure(llama, CARDS[1:3], 8192)
     measure(llama, CARDS[:2], 131072)
+    measure(read_profile(HEADERS / "llama3.3-70b-q4km.gguf"), CARDS[1:3], 8192)
     measure(read_profile(HEADERS / "qwen2.5-32b-q4km.gguf"), CARDS[:2], 32768)
     measure(read_profile(HEADERS / "qwen3-30b-a3b-q4km.gguf"), CARDS[3:6:2], 32768)
     measure(read_profile(HEADERS / "llama4-scout-q4km.gguf"), CARDS[:2], 8192)
