@@ -22,7 +22,7 @@ def stage(tmp_path, monkeypatch):
     simulators = []
 
     def run(*arguments, speaker=talk, **environment):
-        simulator = Simulator(RIG, MODELS, environment=Environment(rates=TRUTH, **environment), speaker=speaker)
+        simulator = Simulator(RIG, MODELS, environment=Environment(rates=TRUTH, **environment), speaker=speaker, unload_s=0.2)
         simulators.append(simulator)
         monkeypatch.setattr(cli, "gpu_source", lambda *_: simulator)
         with serve(create_app(simulator)) as url:

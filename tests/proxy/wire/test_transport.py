@@ -198,3 +198,19 @@ async def test_an_upstream_that_ends_is_noticed():
                 if transport.restarts:
                     break
             assert transport.restarts == 1
+
+
+async def test_an_upstream_by_https_gets_nothing_in_clear():
+    # shows: the first that goes out is a TLS handshake, and no request where that fails
+    received = bytearray()
+
+    async def talk(reader, writer):
+        received.extend(await reader.read(3))
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, httpx.AsyncClient(transport=UpstreamTransport(url)) as client:
+        with pytest.raises(httpx.ConnectError):
+            await client.get(url)
+    assert received == b"\x16\x03\x01"
