@@ -43,6 +43,9 @@ def test_it_finds_how_fast_each_card_really_is(stage):
         assert gpu["measured"]["prefill_flops_per_s"] == pytest.approx(prefill, rel=0.02)
     assert [trial["placement"] for trial in found["trials"]] == ["CUDA0 alone", "CUDA1 alone"]
     assert not simulator.scheduler.runners
+    asked = [json.loads(request.body).get("options", {}) for request in simulator.requests if request.path == "/api/generate"]
+    assert [options.get("main_gpu") for options in asked if options] == [0] * 4 + [1] * 4
+    assert not any("num_gpu" in options for options in asked)  # there is room for llama.cpp's own margin
     assert cli.open_measurements(cli.load_settings(state="off")).class_rates(RIG)["dense"].rates == {}
 
 
