@@ -24,6 +24,7 @@ from proxy.dashboard import page
 from proxy.errors import GpuError, LopsidedError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.order import DeviceOrder
+from proxy.gpus.static import StaticSource
 from proxy.jsonedit import JsonError
 from proxy.launcher.launch import BODY_LIMIT_BYTES as LAUNCH_LIMIT_BYTES
 from proxy.launcher.launches import Launches
@@ -41,6 +42,7 @@ from proxy.placing.outgoing import as_it_is, outgoing
 from proxy.placing.placement import Placements
 from proxy.planjson import devices_json, plan_json
 from proxy.plans.loading import MAX_TOKENS
+from proxy.plans.ruled import RuledPlans
 from proxy.statefile import StateFile
 from proxy.v1.derived import Derived
 from proxy.v1.renaming import LIST_BYTES, Held, Renamed, shown_list
@@ -223,15 +225,16 @@ def create_app(
     measurements = Measurements(StateFile(settings.state if settings.calibration else None, MEASUREMENTS_FILE))
     learned = LearnedPlanner(planner=planner, measurements=measurements, objective=settings.objective)
     rules = RuleFile(settings_file(), settings=setting_names())
+    live = not isinstance(source, StaticSource)  # what is written down does not change with what is loaded
+    plans = RuledPlans(catalog=catalog, rules=rules, settings=settings, planner=learned, live=live)
     placements = Placements(
         ollama=ollama,
         catalog=catalog,
         gpus=source,
         settings=settings,
-        planner=learned,
+        plans=plans,
         restarts=lambda: forwarder.transport.restarts,
         launches=launches,
-        rules=rules,
     )
     launching = Launching(
         rig=placements.drafts.rig,
@@ -240,11 +243,9 @@ def create_app(
         ollama=ollama,
         settings=settings,
         launches=launches,
-        rules=rules,
+        plans=plans,
         order=order,
-        planner=learned,
         in_force=lambda: [in_force.blob for in_force in placements.in_force()],
-        live=placements.drafts.live,
     )
     calibrator = Calibrator(measurements, learned, placements, off=not settings.calibration)
     derived = Derived(ollama=ollama, catalog=catalog, enabled=settings.v1)

@@ -18,9 +18,8 @@ from itertools import islice
 from pathlib import Path
 
 from planner.hardware import Gpu, Rig
-from planner.plan import Plan, Planner
+from planner.plan import Plan
 from planner.profile import ModelProfile
-from proxy.config.rulefile import RuleFile
 from proxy.config.settings import Settings
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
 from proxy.gpus.order import DeviceOrder
@@ -62,9 +61,9 @@ log = logging.getLogger("lopsided.launcher")
 class Launching:
     """Answers the launcher.
 
-    ``rig`` reads the GPUs and raises ``GpuError``; it is ``live`` where it tells what is free beside all that is loaded, else the
-    launcher is asked for that. ``order`` is what is known of Ollama's device order; ``injected`` has the options that lopsided
-    itself put into the requests for a blob, ``in_force`` the blobs of models that are taken to be loaded.
+    ``rig`` reads the GPUs and raises ``GpuError``; where ``plans`` are not live, the launcher is asked for what is free.
+    ``order`` is what is known of Ollama's device order; ``injected`` has the options that lopsided itself put into the requests
+    for a blob, ``in_force`` the blobs of models that are taken to be loaded.
     """
 
     def __init__(
@@ -76,11 +75,9 @@ class Launching:
         settings: Settings,
         launches: Launches,
         injected: Callable[[str], Mapping[str, object]],
-        rules: RuleFile,
+        plans: RuledPlans,
         order: DeviceOrder | None,
-        planner: Planner,
         in_force: Callable[[], Collection[str]],
-        live: bool,
     ) -> None:
         self._rig = rig
         self._injected = injected
@@ -88,11 +85,9 @@ class Launching:
         self._ollama = ollama
         self._settings = settings
         self._launches = launches
-        self._rules = rules
         self._order = order
-        self._plans_for = RuledPlans(catalog=catalog, rules=rules, settings=settings, planner=planner)
+        self._ruled = plans
         self._in_force = in_force
-        self._live = live
         self._profiles: OrderedDict[tuple[str, int, int], ModelProfile] = OrderedDict()
         self._plans: OrderedDict[object, tuple[asyncio.Task[Plan], float]] = OrderedDict()  # under way, or too late
         self._watching: asyncio.Task[None] | None = None
@@ -137,7 +132,7 @@ class Launching:
         except GpuError:
             rig = None
         devices = visible_devices(request, rig, self._order)
-        if request.devices is None and (devices is None or not self._live):
+        if request.devices is None and (devices is None or not self._ruled.live):
             return ask_for_devices()
         devices = _allowed(request, devices or {})
         if not devices:
@@ -147,7 +142,7 @@ class Launching:
         careful = self._launches.careful(blob, context)
         machine = Rig(gpus=tuple(devices.values()), host=rig.host) if rig else Rig(gpus=tuple(devices.values()))
         plan = await self._plan(request, names, machine, careful)
-        if self._rules.current().by_name and self._plans_for.rule(await self._name(blob)).off:
+        if self._ruled.by_name and self._ruled.rule(await self._name(blob)).off:
             careful = MOST_CAREFUL
         arguments = launch_arguments(plan, names, request, careful=careful)
         given = (request.settings, arguments)
@@ -194,11 +189,11 @@ class Launching:
         base = base_request({}, facts, self._settings, "llama-server", careful=careful > 0)
         options = {"num_ctx": request.settings.num_ctx}
         load = Load(model=await self._name(request.blob), facts=facts, options=options, request=plan_request(request, base))
-        return await self._plans_for.on(load, rig, loaded=self._in_force(), by_options=not request.spread)
+        return await self._ruled.on(load, rig, loaded=self._in_force(), by_options=not request.spread)
 
     async def _name(self, blob: str) -> str:
         """What the model is called, for the rules; where there are none, nobody is asked."""
-        if (name := self._launches.name(blob)) is not None or not self._rules.current().by_name:
+        if (name := self._launches.name(blob)) is not None or not self._ruled.by_name:
             return name or blob
         try:
             return (await self._catalog.facts_of_blob(blob)).profile.name

@@ -38,7 +38,7 @@ log = logging.getLogger("lopsided.placement")
 class Drafts:
     """Makes plans, and remembers none.
 
-    ``slots`` says by blob what holds memory, and who is busy. ``live``: the rig's free bytes follow what is loaded.
+    ``slots`` says by blob what holds memory, and who is busy.
     """
 
     def __init__(
@@ -51,9 +51,8 @@ class Drafts:
         plans: RuledPlans,
         launches: Launches,
         slots: Mapping[str, Slot],
-        live: bool,
     ) -> None:
-        self.live = live
+        self.live = plans.live
         self._ollama = ollama
         self._catalog = catalog
         self._gpus = gpus

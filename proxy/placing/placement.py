@@ -16,13 +16,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from planner.plan import Planner, make_plan
-from proxy.config.rulefile import RuleFile
 from proxy.config.rules import Rule
 from proxy.config.settings import Settings
 from proxy.errors import LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
-from proxy.gpus.static import StaticSource
 from proxy.launcher.launches import Launches
 from proxy.models.catalog import MODELS_KEPT, Catalog, ModelFacts, full_name
 from proxy.ollama.client import Loaded, Ollama
@@ -76,17 +73,15 @@ class Placements:
         catalog: Catalog,
         gpus: GpuSource | None,
         settings: Settings,
-        planner: Planner = make_plan,
+        plans: RuledPlans,
         clock: Callable[[], float] = time.monotonic,
         restarts: Callable[[], int] = lambda: 0,
         launches: Launches | None = None,
-        rules: RuleFile | None = None,
     ) -> None:
         self._ollama = ollama
         self._catalog = catalog
         self._settings = settings
-        live = not isinstance(gpus, StaticSource)  # what is written down does not change with what is loaded
-        self._plans = RuledPlans(catalog=catalog, rules=rules or RuleFile(None), settings=settings, planner=planner, live=live)
+        self._plans = plans
         self._clock = clock
         self._restarts = restarts
         self._launches = launches or Launches(clock)
@@ -97,10 +92,9 @@ class Placements:
             catalog=catalog,
             gpus=gpus,
             settings=settings,
-            plans=self._plans,
+            plans=plans,
             launches=self._launches,
             slots=self._slots,
-            live=live,
         )
         self._facts: OrderedDict[str, ModelFacts] = OrderedDict()
         self._on_v1 = SeenOnV1(catalog, clock)

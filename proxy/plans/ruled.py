@@ -65,8 +65,13 @@ class RuledPlans:
         self._rules = rules
         self._settings = settings
         self._planner = planner
-        self._live = live
+        self.live = live
         self._tell = Once(log, kept=TOLD_KEPT)
+
+    @property
+    def by_name(self) -> bool:
+        """Whether a rule goes by the names of models."""
+        return bool(self._rules.current().by_name)
 
     def rule(self, model: str) -> Rule:
         """What holds for ``model`` now."""
@@ -88,7 +93,7 @@ class RuledPlans:
         """
 
         def there(*, evicted: bool) -> Rig:
-            return rig_for(rig, own=own, others=others, evicted=evicted, live=self._live)
+            return rig_for(rig, own=own, others=others, evicted=evicted, live=self.live)
 
         evicted = not self._sets_context(load) and makes_room(load.facts.profile, there(evicted=False), load.request)
         plan = await self.on(load, there(evicted=evicted), loaded=loaded, by_options=by_options)

@@ -15,6 +15,7 @@ import pytest
 from planner.placement import Placement, solo
 from planner.plan import make_plan
 from planner.units import GIB
+from proxy.config.rulefile import RuleFile
 from proxy.config.settings import load_settings
 from proxy.errors import GpuError
 from proxy.gpus.static import StaticSource
@@ -26,6 +27,7 @@ from proxy.ollama.options import era_of
 from proxy.placing import drafts, placement
 from proxy.placing.placement import Placements
 from proxy.plans.loading import freed
+from proxy.plans.ruled import RuledPlans
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.simulator.http import error
 from proxy.simulator.placement import Environment
@@ -368,7 +370,9 @@ class Fixed:
 
 def fixed_placements(**parts):
     settings = load_settings(host="127.0.0.1:11435", upstream="127.0.0.1:1")
-    return Placements(settings=settings, **{"ollama": Fixed(), "catalog": Fixed(), "gpus": PAIR, "planner": on(1), **parts})
+    catalog = parts.setdefault("catalog", Fixed())
+    plans = RuledPlans(catalog=catalog, rules=RuleFile(None), settings=settings, planner=on(1), live=False)
+    return Placements(ollama=Fixed(), gpus=PAIR, settings=settings, plans=plans, **parts)
 
 
 def load_request(num_ctx):

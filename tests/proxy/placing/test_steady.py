@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from planner.placement import solo
 from planner.request import PlanRequest
+from proxy.config.rulefile import RuleFile
 from proxy.config.settings import load_settings
 from proxy.models.catalog import ModelFacts
 from proxy.ollama.client import Loaded
 from proxy.ollama.endpoints import parse_load_request
 from proxy.placing.placement import LOOK_S, Placements
 from proxy.placing.steady import RELOAD_GAIN, REPLAN_S, worth_reload
+from proxy.plans.ruled import RuledPlans
 from proxy.simulator import demo_models
 from tests.proxy.planners import PAIR, RIG, make
 
@@ -96,14 +98,10 @@ def test_a_loaded_model_never_flaps(events):
     speeds.gain = 1.3
 
     async def play():
-        placements = Placements(
-            ollama=Ollama(),
-            catalog=Catalog(),
-            gpus=PAIR,
-            settings=load_settings(state="off", host="127.0.0.1:11435", upstream="127.0.0.1:11434"),
-            planner=speeds,
-            clock=lambda: now[0],
-        )
+        settings, catalog = load_settings(state="off", host="127.0.0.1:11435", upstream="127.0.0.1:11434"), Catalog()
+        plans = RuledPlans(catalog=catalog, rules=RuleFile(None), settings=settings, planner=speeds, live=False)
+        parts = {"ollama": Ollama(), "catalog": catalog, "gpus": PAIR, "settings": settings, "plans": plans}
+        placements = Placements(**parts, clock=lambda: now[0])
         first = await placements.decide(REQUEST)
         placements.done(first, loaded=True)
         options, changed_at, under_way = dict(first.delivery.options), now[0], []
