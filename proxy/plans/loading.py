@@ -41,7 +41,7 @@ def plan_request(
     num_ctx = asked_context(options, facts, settings)
     num_batch = options.get("num_batch") or facts.default_integer("num_batch")
     if not 0 < (num_ctx or 1) <= MAX_TOKENS or not 0 < (num_batch or 1) <= MAX_TOKENS:
-        raise ModelError(f"a context of {num_ctx} tokens with a batch of {num_batch} cannot be planned")
+        raise ModelError(f"num_ctx {num_ctx} with num_batch {num_batch} cannot be planned: 1 to {MAX_TOKENS} tokens each")
     return PlanRequest(
         num_ctx=num_ctx,
         num_batch=num_batch,

@@ -77,12 +77,10 @@ def listen(address: Address) -> socket.socket:
         both = family == socket.AF_INET6 and where[0] == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(where, family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
+        problem = f"cannot listen on {address.authority}: {error.strerror or error}"
         if error.errno == errno.EADDRINUSE:
-            raise LopsidedError(
-                f"another program listens on {address.authority} (lopsided already?); choose another address: "
-                "lopsided serve --host 127.0.0.1:PORT"
-            ) from error
-        raise LopsidedError(f"cannot listen on {address.authority}: {error.strerror or error}") from error
+            problem = f"another program listens on {address.authority} (lopsided already?)"
+        raise LopsidedError(f"{problem}; choose another address: lopsided serve --host 127.0.0.1:PORT") from error
 
 
 class OneLine(logging.Formatter):
