@@ -107,14 +107,19 @@ class ModelProfile:
         """Repeating layers; llama.cpp counts the output layer as one more."""
         return len(self.layers)
 
+    def counts(self, key: str, default: int = 0) -> tuple[int, ...]:
+        """The architecture's integer ``key``, of a per-layer array all. What is no unsigned number of 32 bits, as llama.cpp reads
+        them, is ``default``."""
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        values = value if isinstance(value, tuple) else (value,)
+        return tuple(int(v) if isinstance(v, int | float) and 0 <= v < 2**32 else default for v in values)
+
     def integer(self, key: str, default: int = 0) -> int:
         """The architecture's integer ``key`` (``attention.head_count``); of a per-layer array, the largest."""
         known = self._integers
         found = known.get((key, default))
         if found is None:
-            value = self.metadata.get(f"{self.architecture}.{key}", default)
-            found = max((int(v) for v in value), default=default) if isinstance(value, tuple) else int(value)
-            known[key, default] = found
+            found = known[key, default] = max(self.counts(key, default), default=default)
         return found
 
     @cached_property
@@ -130,8 +135,9 @@ class ModelProfile:
         known = self._arrays
         found = known.get((key, default))
         if found is None:
-            value = self.metadata.get(f"{self.architecture}.{key}", default)
-            values = tuple(int(v) for v in value) if isinstance(value, tuple) else (int(value),) * self.n_layers
+            values = self.counts(key, default)
+            if not isinstance(self.metadata.get(f"{self.architecture}.{key}"), tuple):
+                values *= self.n_layers
             found = known[key, default] = (values + (default,) * self.n_layers)[: self.n_layers]
         return found
 

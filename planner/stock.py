@@ -94,8 +94,7 @@ def predict_server_vram(profile: ModelProfile, total_ctx: int) -> int:
     ``file size + 2 · layers · least KV heads · (embedding / heads) · context · 2``: no windows, no states, no quantized cache.
     """
     heads = profile.integer("attention.head_count", 1)
-    kv = profile.metadata.get(f"{profile.architecture}.attention.head_count_kv", 1)
-    kv_heads = min((int(value) for value in kv), default=1) if isinstance(kv, tuple) else int(kv)
+    kv_heads = min(profile.counts("attention.head_count_kv", 1), default=1)
     head = profile.embedding_length // heads if heads else 0
     n_blocks = profile.integer("block_count", profile.n_layers)
     return profile.file_bytes + 2 * n_blocks * max(kv_heads, 1) * head * total_ctx * 2

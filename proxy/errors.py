@@ -9,6 +9,9 @@ LopsidedError
 └── UpstreamError      Ollama cannot be reached or breaks off
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LopsidedError(Exception):
     """Base of all below. The message says what happened, the numbers, and what to do next."""
@@ -36,3 +39,13 @@ class LauncherError(LopsidedError):
 
 class UpstreamError(LopsidedError):
     """Ollama cannot be reached, or broke off."""
+
+
+@contextmanager
+def fitting_together() -> Iterator[None]:
+    """Turns what the planner raises for a model whose metadata and tensors contradict each other into ``ModelError``."""
+    try:
+        yield
+    except (LookupError, ArithmeticError) as error:
+        text = f"its metadata and its tensors do not fit together ({type(error).__name__}: {error})"
+        raise ModelError(text) from error

@@ -18,6 +18,7 @@ from planner.profile import ModelProfile
 from planner.quantization import CACHE_TYPE_NAMES
 from planner.settings import LoadSettings
 from planner.units import MIB
+from proxy.errors import fitting_together
 from proxy.models.gguf import read_profile
 from proxy.tables import new_table
 
@@ -145,7 +146,8 @@ def estimate_command(
         placement = placement_of(profile.n_layers, split, cpu_experts=cpu_experts)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    value = estimate_json(profile, settings, placement, runtime_bytes=runtime_mib * MIB)
+    with fitting_together():
+        value = estimate_json(profile, settings, placement, runtime_bytes=runtime_mib * MIB)
     if as_json:
         click.echo(json.dumps(value, indent=2))
     else:

@@ -16,7 +16,7 @@ from planner.request import PlanRequest
 from proxy.config.rulefile import RuleFile
 from proxy.config.rules import Rule, matches
 from proxy.config.settings import Settings
-from proxy.errors import LopsidedError
+from proxy.errors import LopsidedError, fitting_together
 from proxy.models.catalog import Catalog, ModelFacts
 from proxy.ollama.options import Delivery, with_context
 from proxy.once import Once
@@ -109,7 +109,8 @@ class RuledPlans:
         return plan if by_options and roomier.chosen_by_options is roomier.stock else roomier
 
     async def on(self, load: Load, rig: Rig, *, loaded: Collection[str], by_options: bool = True) -> Plan:
-        """A plan on ``rig`` as it is. Its reasons begin with the rules that it follows."""
+        """A plan on ``rig`` as it is. Its reasons begin with the rules that it follows. Raises ``ModelError`` for a file that
+        contradicts itself."""
         rig, rule = without_companions(rig, load.facts), self.rule(load.model)
         wanted = ruled(load.request, rig, rule, load.facts)
         grouped = await self._with_group(load, wanted, rig, loaded, by_options)
@@ -117,7 +118,8 @@ class RuledPlans:
         wanted = grouped or wanted
         if self._sets_context(load):
             wanted = await asyncio.to_thread(self._with_context, load, wanted, rig)
-        plan = await asyncio.to_thread(self._planner, load.facts.profile, rig, wanted)
+        with fitting_together():
+            plan = await asyncio.to_thread(self._planner, load.facts.profile, rig, wanted)
         for problem in problems:
             self._tell(problem)
         return replace(plan, reasons=tuple(filter(None, (said_by(rule), *problems, *plan.reasons))))

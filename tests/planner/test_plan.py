@@ -14,7 +14,7 @@ from planner.hardware import Rig
 from planner.memory import estimate_memory
 from planner.placement import Placement
 from planner.plan import Plan, make_plan
-from planner.profile import ModelProfile
+from planner.profile import ModelProfile, Scalar
 from planner.request import Candidate, Era, PlanRequest
 from planner.speed import Calibration
 from tests.planner import models
@@ -281,3 +281,13 @@ def test_what_is_reserved_stays_free(profile: ModelProfile, cards: Rig, request:
         if candidate.fits:
             for device, card, kept in zip(candidate.memory.devices, cards.gpus, reserve, strict=True):
                 assert device.total_bytes <= card.free_bytes - kept
+
+
+@pytest.mark.parametrize("value", [-1, -(2**63), 2**32, "x", float("nan"), float("inf"), (-1,), ("x",)], ids=str)
+def test_what_is_no_count_to_llama_cpp_is_none_here(value: Scalar | tuple[Scalar, ...]) -> None:
+    """One expert less than none once planned for ever."""
+    profile = models.header(QWEN_32B)
+    wrong = replace(profile, metadata={**profile.metadata, f"{profile.architecture}.expert_count": value})
+    assert wrong.integer("expert_count") == 0
+    assert set(wrong.per_layer("expert_count")) == {0}
+    assert make_plan(wrong, PAIR, PlanRequest(num_ctx=4096)).chosen == make_plan(profile, PAIR, PlanRequest(num_ctx=4096)).chosen

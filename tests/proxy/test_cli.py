@@ -20,6 +20,7 @@ from proxy.cli import main
 from proxy.gpus.static import StaticSource
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.wire.serve import OneLine
+from tests.gguf_files import LLAMA, gguf
 from tests.servers import free_port, serve
 
 GGUF = Path(__file__).parent.parent / "data" / "gguf"
@@ -130,6 +131,8 @@ def test_bad_usage_ends_with_2_and_says_what_is_allowed(arguments, environment, 
         (["plan", "missing.gguf", *PAIR], "missing.gguf: no such file"),
         (["plan", "missing.gguf"], "missing.gguf: no such file"),
         (["plan", "README.md", *PAIR], "README.md"),
+        (["plan", "lying.gguf", *PAIR], "its metadata and its tensors do not fit together (KeyError: 'laurel_l.weight')"),
+        (["estimate", "lying.gguf", "--ctx", "4096"], "its metadata and its tensors do not fit together"),
         (["plan", LLAMA_70B, "--gpu", "RTX 9999"], "no card is known as 'RTX 9999'"),
         (["plan", LLAMA_70B, "--gpu", "RTX 3090:99GiB"], "RTX 3090"),
         (["devices", "--gpu", "RTX 3090:lots"], "write 22GiB"),
@@ -137,6 +140,7 @@ def test_bad_usage_ends_with_2_and_says_what_is_allowed(arguments, environment, 
 )
 def test_what_cannot_be_done_ends_with_1_and_one_line(arguments, said, tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("no model")
+    (tmp_path / "lying.gguf").write_bytes(gguf({**LLAMA, "llama.altup.num_inputs": 4}))
     monkeypatch.chdir(tmp_path)
     done = lopsided(*arguments)
     assert done.exit_code == 1
