@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from planner.cache import LayerCache, is_recurrent
-from planner.families import family_of
 from planner.inputs import (
     EXTRA_ROWS,
     F32,
@@ -63,7 +62,6 @@ class Operations:
     ) -> None:
         self.tape = Tape()
         self._profile = profile
-        self._family = family_of(profile.architecture)
         self._index = index
         self._weights: Mapping[str, Tensor] = profile.layer_tensors[index]
         self._stems = {name.removesuffix(".weight") for name in self._weights if not name.endswith(".bias")}

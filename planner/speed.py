@@ -5,8 +5,8 @@ Decode computes layer after layer, so its time is a sum over devices::
     t = Σ_d (active weight bytes_d + cache bytes_d) / effective bandwidth_d + layers_d · layer seconds_d, + hops · HOP_SECONDS
 
 Active are all weights of a dense layer and ``experts_used / expert_count`` of the routed experts. A layer costs ``LAYER_SECONDS``
-beside its bytes, and on a card that turned out slower than its data promise so many times more. On two measured pairs of unequal
-GPUs (26 splits of three dense models and a mixture) this holds within 4.2 %.
+beside its bytes, and on a card that turned out slower than its data promise so many times more. On three measured pairs of
+unequal GPUs (56 splits of four dense models and a mixture) this holds within 5 % (``tests/planner/test_two_gpus.py``).
 
 Prefill works on micro-batches: each device is a stage that takes ``2 · active parameters · tokens / rate`` seconds (at least as
 long as reading its weights). Where everything is on GPUs, the stages overlap, ``t = Σ stages + (micro-batches − 1) · pace``
@@ -306,14 +306,12 @@ def decode_seconds(work: Work, placement: Placement, rates: tuple[Rates, ...], h
     return seconds + in_ram / host.decode_bytes_per_s + hops * HOP_SECONDS
 
 
-def prefill_seconds(
-    work: Work, placement: Placement, rates: tuple[Rates, ...], host: Rates, *, ubatch: int, tokens: int = PROMPT_TOKENS
-) -> float:
-    """Seconds to read a prompt of ``tokens``. Logits are computed for its last token only, so the output layer counts nothing."""
-    batches = ceil(tokens / ubatch)
-    each = tokens / batches
+def prefill_seconds(work: Work, placement: Placement, rates: tuple[Rates, ...], host: Rates, *, ubatch: int) -> float:
+    """Seconds to read ``PROMPT_TOKENS``. Logits are computed for the last token only, so the output layer counts nothing."""
+    batches = ceil(PROMPT_TOKENS / ubatch)
+    each = PROMPT_TOKENS / batches
     if not placement.order:
-        flops = work.flops_prefix[-1] * tokens / host.prefill_flops_per_s
+        flops = work.flops_prefix[-1] * PROMPT_TOKENS / host.prefill_flops_per_s
         return float(max(flops, batches * work.weights_prefix[-1] / host.decode_bytes_per_s))
     stages = []
     for gpu, run in placement.ranges():
