@@ -46,6 +46,6 @@ def fitting_together() -> Iterator[None]:
     """Turns what the planner raises for a model whose metadata and tensors contradict each other into ``ModelError``."""
     try:
         yield
-    except (LookupError, ArithmeticError) as error:
+    except LookupError as error:
         text = f"its metadata and its tensors do not fit together ({type(error).__name__}: {error})"
         raise ModelError(text) from error
