@@ -83,8 +83,10 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
     if named:
         chosen = chosen_by_options = named
     elif request.boost is not None and rig.gpus:
-        chosen, why = _boosted(search, request.boost)
+        boosted, why = _boosted(search, request.boost)
         first = (*first, *why)
+        chosen = boosted if search.holds(boosted) else stock
+        rejected = rejected if chosen is boosted else (*rejected, boosted)
         chosen_by_options = chosen if chosen.placement.kind == "solo" else stock
     else:
         chosen = choose(fitting, stock, request.objective)

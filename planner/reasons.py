@@ -76,10 +76,12 @@ def reasons(
 
 def boost_reason(boost: float) -> str:
     """Why there was no search."""
-    return f"the boost {boost:g} is set: the boost algorithm's layout, whatever is predicted"
+    return f"the boost {boost:g} is set: the boost algorithm's layout, whatever speed is predicted"
 
 
 def _stock_stays(stock: Candidate, losers: Sequence[Candidate], request: PlanRequest) -> str:
+    if request.boost is not None and request.gpu is None:
+        return "stock stays: what the boost asks for does not fit"
     if not losers:
         return "stock stays: nothing else fits"
     gain = score(losers[0], request.objective) / score(stock, request.objective) - 1

@@ -172,12 +172,22 @@ def test_num_gpu_brings_back_layers_that_stock_left_in_ram() -> None:
 
 @pytest.mark.parametrize("boost", [1.0, 1.25, 1.5, 1.75, 2.0])
 def test_a_boost_is_taken_literally_and_recorded_beside_stock(boost: float) -> None:
-    """Whatever is predicted; the reasons begin with it."""
+    """Whatever speed is predicted; the reasons begin with it."""
     plan = make_plan(models.header(LLAMA_70B), PAIR, PlanRequest(num_ctx=8192, boost=boost))
     assert plan.chosen.label == f"boost {boost:g}"
     assert plan.chosen.fits
     assert plan.reasons[0].startswith(f"the boost {boost:g} is set")
     assert plan.stock.label == "stock"
+
+
+def test_a_boost_whose_layout_does_not_fit_leaves_stock() -> None:
+    """Its reserves on small cards leave 41 GiB of a 70B to 32 GiB of RAM; stock's layout fits."""
+    cards = models.rig(models.rtx5090(8000), models.rtx3090(6000), ram_gib=32)
+    plan = make_plan(models.header(LLAMA_70B), cards, PlanRequest(num_ctx=8192, boost=1.75))
+    assert plan.stock.fits
+    assert plan.chosen is plan.stock
+    assert "boost 1.75 does not fit: the host would need 40.9 GiB of RAM" in plan.reasons
+    assert plan.reasons[-1] == "stock stays: what the boost asks for does not fit"
 
 
 def test_experts_go_to_ram_before_whole_layers() -> None:
