@@ -102,6 +102,10 @@ class RuledPlans:
         if by_options and any(held.stays for held in others) and (gpu := beside_others(plan)) is not None:
             load = replace(load, request=replace(load.request, gpu=gpu, gpu_reason=BESIDE))
             return await self.on(load, there(evicted=evicted), loaded=loaded)
+        if any(held.stays for held in others) and makes_room(load.facts.profile, there(evicted=True), plan.request):
+            # with the others gone that is still too little for Ollama: it unloads these too
+            going = [replace(held, stays=False) for held in others]
+            return await self.beside(load, rig, own=own, others=going, loaded=loaded, by_options=by_options)
         if evicted or all(held.stays for held in others):
             return plan
         roomier = await self.on(load, there(evicted=True), loaded=loaded, by_options=by_options)

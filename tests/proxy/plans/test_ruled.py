@@ -339,6 +339,20 @@ def test_a_more_important_model_keeps_its_card(stage):
         assert play(it) == (1, (0,))
 
 
+@pytest.mark.parametrize("kept", ["priority", "pinned"])
+def test_what_is_to_stay_is_counted_as_gone_where_ollama_unloads_it_all_the_same(stage, kept):
+    # shows: it holds most of both cards, so Ollama has no other way; the next one was planned on the rest, with layers in RAM
+    with stage(f'priority = ["{CHAT}"]' if kept == "priority" else "") as it:
+        it.ask(CHAT, num_ctx=98304)
+        if kept == "pinned":
+            it.pin(CHAT)
+        assert len(it.cards(CHAT)) == 2
+        it.ask(LESSER, num_ctx=8192)
+        loaded = {model["model"].rpartition("/")[2]: model for model in it.client.get("/lopsided/models").json()["models"]}
+        assert it.count("evict", CHAT) == 1
+        assert loaded[LESSER]["misplaced"] is None
+
+
 def test_a_pinned_model_is_not_counted_on_to_go(stage):
     with stage() as it:
         it.pin(OTHER)
