@@ -46,7 +46,8 @@ def plan_block(folder: Path) -> str:
 def printed(*arguments: str, **environment: str) -> str:
     """The output of ``lopsided`` where no other settings are set."""
     unset = {str(field.validation_alias): None for field in Settings.model_fields.values()}
-    done = CliRunner(env={**unset, "LOPSIDED_CONFIG": None, "COLUMNS": None, **environment}).invoke(main, list(arguments))
+    unset |= {"LOPSIDED_CONFIG": None, "LOPSIDED_STATE": "off", "COLUMNS": None}
+    done = CliRunner(env={**unset, **environment}).invoke(main, list(arguments))
     assert done.exit_code == 0, done.output
     return str(done.stdout)
 
