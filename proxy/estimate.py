@@ -110,7 +110,9 @@ _CACHE_TYPE = click.Choice(CACHE_TYPE_NAMES, case_sensitive=False)
 @click.option(
     "--outputs", type=_TOKENS, help="Tokens with logits in a micro-batch: llama-server reserves 1 a sequence. [default: all]"
 )
-@click.option("--runtime-mib", default=0, type=Count(min=0), help="CUDA context and workspaces of each GPU.")
+@click.option(
+    "--runtime-mib", default=0, type=Count(min=0), help="CUDA context and workspaces of each GPU. [default: 0; plans: 527]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def estimate_command(
     file: Path,

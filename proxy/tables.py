@@ -160,7 +160,8 @@ def plan_report(
 
 
 def _frontier_table(points: Sequence[FrontierPoint], names: Sequence[str]) -> Table:
-    table = new_table("context", "decode", "placement", title="Room for context", right=("context", "decode"))
+    title = "Room for context (most tokens by kind of placement)"
+    table = new_table("context", "decode", "placement", title=title, right=("context", "decode"))
     for point in points:
         placed = in_words(point.candidate.placement, names)
         table.add_row(str(point.num_ctx), rate(point.candidate.decode_tokens_per_s), placed)

@@ -150,7 +150,7 @@ def _words(value: Any) -> Any:
 def _file(value: Any) -> Any:
     path = _expanded(str(value))
     if not path.is_file():
-        raise ValueError("the path of a TOML file that describes the GPUs")
+        raise ValueError("the path of an existing TOML file that describes the GPUs")
     return path
 
 

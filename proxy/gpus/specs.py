@@ -95,7 +95,7 @@ def _unknown(name: str) -> GpuError:
     by_words = {" ".join(sorted(words)): card.name for card, words, _ in _table()}
     near = difflib.get_close_matches(" ".join(sorted(_words(name))), by_words, n=_NEAREST, cutoff=0.4)
     hint = f"; near to it: {_list(by_words[words] for words in near)}" if near else ""
-    return GpuError(f"no card is known as {name!r}{hint}. A card that is not in the table can be described in a profile")
+    return GpuError(f"no card is known as {name!r}{hint}. Others can be described in a profile (docs/settings.md)")
 
 
 def _list(names: Iterable[str]) -> str:

@@ -37,6 +37,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
 from planner.hardware import Gpu, Host, Rig
+from planner.units import GIB
 from proxy.errors import GpuError
 from proxy.gpus.host import read_host
 from proxy.gpus.specs import Card, find_card, idle_free_bytes
@@ -195,7 +196,7 @@ def _gpu(entry: _GpuEntry, uuid: str) -> Gpu:
     total_bytes = fact("total_bytes")
     free_bytes = entry.free if entry.free is not None else idle_free_bytes(total_bytes)
     if free_bytes > total_bytes:
-        raise GpuError(f"{entry.name}: {free_bytes:,} bytes free are more than the card's {total_bytes:,}")
+        raise GpuError(f"{entry.name}: {free_bytes / GIB:.1f} GiB free are more than the card's {total_bytes / GIB:.1f}")
     return Gpu(
         uuid=entry.uuid or uuid,
         name=card.name if card else entry.name,
