@@ -249,5 +249,6 @@ async def _is_lopsided(client: httpx.AsyncClient, address: Address) -> bool:
 
 async def _json(client: httpx.AsyncClient, address: Address, path: str) -> Any:
     answer = await client.get(address.url + path)
-    answer.raise_for_status()
+    if answer.status_code != httpx.codes.OK:
+        raise ValueError(f"it answers {path} with status {answer.status_code}")
     return answer.json()

@@ -206,7 +206,8 @@ class Catalog:
         except httpx.HTTPError as error:
             raise UpstreamError(f"Ollama does not answer {path}: {str(error) or type(error).__name__}") from error
         if answer.status_code != httpx.codes.OK:
-            raise UpstreamError(f"Ollama answers {path} with status {answer.status_code}: {answer.text[:200]}")
+            said = " ".join(answer.text.split())  # where it is a page instead of Ollama's JSON, one line of it
+            raise UpstreamError(f"Ollama answers {path} with status {answer.status_code}: {said[:200]}")
         return await asyncio.to_thread(object_of, path, answer)
 
     async def _shared(self, key: str, start: Callable[[], Awaitable[T]]) -> T:

@@ -95,9 +95,10 @@ class Ollama:
     async def _ask(self, path: str, *, wait_s: float = ASK_S) -> dict[str, Any]:
         try:
             answer = await self._client.get(path, timeout=wait_s)
-            answer.raise_for_status()
         except httpx.HTTPError as error:
-            raise UpstreamError(f"Ollama does not answer {path}: {error or type(error).__name__}") from error
+            raise UpstreamError(f"Ollama does not answer {path}: {str(error) or type(error).__name__}") from error
+        if answer.status_code != httpx.codes.OK:
+            raise UpstreamError(f"Ollama does not answer {path}: {_error(answer)}")
         return object_of(path, answer)
 
 
@@ -120,7 +121,7 @@ def _error(answer: httpx.Response) -> str:
     try:
         text = answer.json()["error"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        text = f"status {answer.status_code} {answer.text}"
+        text = f"status {answer.status_code} {' '.join(answer.text.split())}"
     return str(text)[:200]
 
 

@@ -122,6 +122,9 @@ async def test_something_else_in_ollamas_place_is_said_not_to_be_ollama():
         seen = await look(settings(listen=free_port(), upstream=url), DeviceOrder(), PAIR)
     assert seen.version is None
     assert "does not answer as Ollama does" in found(seen, "Ollama")[1]
+    with serve(json_app({}), lifespan="off") as url:
+        seen = await look(settings(listen=free_port(), upstream=url), DeviceOrder(), PAIR)
+    assert "(it answers /api/version with status 404)" in found(seen, "Ollama")[1]
 
 
 def test_where_all_is_well_every_line_is_ok():

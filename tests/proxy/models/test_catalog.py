@@ -316,6 +316,7 @@ async def test_the_cache_is_bounded(ollama, monkeypatch):
     ("answer", "says"),
     [
         (httpx.Response(500, json={"error": "broken"}), "status 500"),
+        (httpx.Response(404, content=b"<html>\n  <p>Not\n found"), "status 404: <html> <p>Not found$"),
         (httpx.Response(200, content=b"<html>"), "no JSON"),
         (httpx.Response(200, content=b"[" * 100_000), "no JSON"),
         (httpx.Response(200, content=b"[]"), "no object"),
