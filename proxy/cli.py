@@ -306,7 +306,9 @@ def demo(once: bool, era: Era, as_json: bool) -> None:
 
     def play(stage: Stage, machine: Machine) -> list[Outcome]:
         what = f"Asking the simulated Ollama ({len(machine.cards)} cards)"
-        return [stage.play(case) for case in track(machine.cases, what, console=Console(stderr=True), transient=True)]
+        console = Console(stderr=True)
+        cases = track(machine.cases, what, console=console, transient=True, disable=not console.is_terminal)
+        return [stage.play(case) for case in cases]
 
     with open_stage(era) as stage:
         played = {PAIR: play(stage, PAIR)}

@@ -48,7 +48,7 @@ def printed(*arguments: str, **environment: str) -> str:
     unset = {str(field.validation_alias): None for field in Settings.model_fields.values()}
     unset |= {"LOPSIDED_CONFIG": None, "LOPSIDED_STATE": "off", "COLUMNS": None}
     done = CliRunner(env={**unset, **environment}).invoke(main, list(arguments))
-    assert done.exit_code == 0, done.output
+    assert (done.exit_code, done.stderr) == (0, ""), done.output
     return str(done.stdout)
 
 
