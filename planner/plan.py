@@ -86,7 +86,8 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
         boosted, why = _boosted(search, request.boost)
         first = (*first, *why)
         chosen = boosted if search.holds(boosted) else stock
-        rejected = rejected if chosen is boosted else (*rejected, boosted)
+        if chosen is stock:  # the search's own layouts of that name have other reserves
+            rejected = (*(candidate for candidate in rejected if candidate.label != boosted.label), boosted)
         chosen_by_options = chosen if chosen.placement.kind == "solo" else stock
     else:
         chosen = choose(fitting, stock, request.objective)
