@@ -31,6 +31,9 @@ SOLO_PERCENT = 80
 DEFAULT_BATCH, MEDIUM_BATCH, LARGE_BATCH, CONSTRAINED_BATCH = 512, 1024, 2048, 256
 """Tokens (``llamaServerGenerationBatch…`` in ``server/sched.go``)."""
 
+EMBEDDING_BATCH = 2048
+"""Tokens, where nobody sets a batch: an embedding model reads a text in one batch (``DefaultEmbeddingNumBatch``)."""
+
 BATCH_HEADROOM_PERCENT = {LARGE_BATCH: 60, MEDIUM_BATCH: 75}
 """A larger batch needs the model to be predicted within this part of the free memory (``generationBatchHasHeadroom``)."""
 
@@ -75,9 +78,12 @@ def effective_settings(profile: ModelProfile, rig: Rig, request: PlanRequest) ->
     wanted = request.num_ctx or default_num_ctx(rig)
     single = request.embedding or profile.architecture.replace("-", "_") in SINGLE_SEQUENCE
     parallel = 1 if single else request.parallel
+    num_ctx = min(wanted, profile.context_train or wanted)
     batch = request.num_batch or DEFAULT_BATCH
+    if request.embedding and request.era == "llama-server":  # ``embeddingBatchSize`` in ``llm/llama_server.go``
+        batch = min(request.num_batch or EMBEDDING_BATCH, num_ctx)
     return LoadSettings(
-        num_ctx=min(wanted, profile.context_train or wanted),
+        num_ctx=num_ctx,
         parallel=parallel,
         batch=batch,
         ubatch=batch,

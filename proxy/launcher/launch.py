@@ -202,18 +202,20 @@ def _visible(cuda: Sequence[Gpu], visible: str, order: DeviceOrder, *, by_pci: b
 def plan_request(request: LaunchRequest, base: PlanRequest) -> PlanRequest:
     """What to plan for a launch: ``base`` (boost, margin, calibration, …) with all that Ollama's arguments say.
 
-    ``spread`` is off: stock without it is what a plan is compared with. A batch that Ollama's own rule never takes is a client's.
+    ``spread`` is off: stock without it is what a plan is compared with. A batch that Ollama's own rule never takes is a client's;
+    an embedding model's goes by no placement, and a longer text than it is refused.
     """
     settings = request.settings
+    embedding = settings.outputs is None
     return replace(
         base,
         num_ctx=settings.num_ctx,
-        num_batch=base.num_batch if settings.batch in OWN_BATCHES else settings.batch,
+        num_batch=base.num_batch if settings.batch in OWN_BATCHES and not embedding else settings.batch,
         parallel=settings.parallel,
         kv_type_k=settings.kv_type_k,
         kv_type_v=settings.kv_type_v,
         flash_attention=settings.flash_attention,
-        embedding=settings.outputs is None,
+        embedding=embedding,
         spread=False,
         era="llama-server",
     )

@@ -308,6 +308,16 @@ def test_embedding_models_and_some_architectures_have_one_sequence() -> None:
     assert effective_settings(models.header("nemotron-nano-9b-v2-q4km"), cards, request).parallel == 1
 
 
+@pytest.mark.parametrize(
+    ("num_ctx", "num_batch", "batch"), [(8192, None, 2048), (512, None, 512), (8192, 512, 512), (64, 512, 64)]
+)
+def test_an_embedding_model_reads_a_text_in_one_batch(num_ctx: int, num_batch: int | None, batch: int) -> None:
+    """``embeddingBatchSize``: 2048 tokens where nobody sets another, wherever it lies, and no more than the context."""
+    request = PlanRequest(num_ctx=num_ctx, num_batch=num_batch, embedding=True)
+    stock = stock_load(models.header("qwen3-0.6b-q8"), rig(rtx5090(), rtx3090()), request)
+    assert (stock.settings.batch, stock.settings.ubatch) == (batch, batch)
+
+
 def test_no_gpu_at_all_leaves_everything_in_ram() -> None:
     """Both eras."""
     for era in ("runner", "llama-server"):

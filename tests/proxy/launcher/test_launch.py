@@ -151,11 +151,11 @@ def test_a_placement_by_hand_in_ollamas_environment_is_the_users_wish(name):
 
 def test_a_launch_is_planned_with_what_ollama_told_llama_server():
     base = PlanRequest(num_ctx=131072, boost=1.5, spread=True, era="runner")
-    request = plan_request(parsed("--model /m -c 16384 -np 2 -b 1024 -ctk q8_0 -ctv q4_0 --flash-attn on --embeddings"), base)
-    assert request == PlanRequest(
-        num_ctx=8192, parallel=2, kv_type_k="q8_0", kv_type_v="q4_0", flash_attention=True, embedding=True, boost=1.5
-    )
+    request = plan_request(parsed("--model /m -c 16384 -np 2 -b 1024 -ctk q8_0 -ctv q4_0 --flash-attn on"), base)
+    assert request == PlanRequest(num_ctx=8192, parallel=2, kv_type_k="q8_0", kv_type_v="q4_0", flash_attention=True, boost=1.5)
     assert plan_request(parsed("--model /m -c 16384 -b 300"), base).num_batch == 300
+    embedding = plan_request(parsed("--model /m -c 8192 -b 2048 -ub 2048 --embedding"), base)
+    assert (embedding.embedding, embedding.num_batch) == (True, 2048)  # longer texts are refused: no plan may make it smaller
 
 
 # Devices
