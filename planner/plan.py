@@ -21,10 +21,10 @@ from planner.stock import DEFAULT_BATCH, StockLoad, libraries, on_rig, settings_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The answer. ``chosen is stock`` means that nothing is better and the request passes unchanged.
+    """The answer.
 
     * ``chosen``: the best of all, which needs the launcher to deliver. ``chosen_by_options``: the best that request options can
-      deliver: ``stock``, a GPU alone (``main_gpu``), or every layer on the GPUs (``num_gpu``); ``is stock`` as above.
+      deliver: ``stock``, a GPU alone (``main_gpu``), or every layer on the GPUs (``num_gpu``).
     * ``stock``: what Ollama of ``request.era`` does.
     * ``reverted``: why stock is taken although something was predicted to be faster; empty where nothing was taken back.
     * ``alternatives``: all candidates that fit, the best first. ``rejected``: those that do not fit.
@@ -41,6 +41,16 @@ class Plan:
     reasons: tuple[str, ...]
     reverted: str = ""
 
+    @property
+    def unchanged(self) -> bool:
+        """Nothing is better than ``stock``: the request passes unchanged."""
+        return self.chosen == self.stock
+
+    @property
+    def unchanged_by_options(self) -> bool:
+        """Nothing that options can deliver is better than ``stock``."""
+        return self.chosen_by_options == self.stock
+
     def stock_of(self, era: Era) -> Candidate:
         """What Ollama of ``era`` does: ``stock``, or what is only worked out here, since nothing is chosen by it."""
         if era == self.request.era:
@@ -52,8 +62,8 @@ def revert(plan: Plan, candidate: Candidate, reason: str) -> Plan:
     """``plan`` with stock's placement wherever ``candidate`` was chosen."""
     return replace(
         plan,
-        chosen=plan.stock if plan.chosen is candidate else plan.chosen,
-        chosen_by_options=plan.stock if plan.chosen_by_options is candidate else plan.chosen_by_options,
+        chosen=plan.stock if plan.chosen == candidate else plan.chosen,
+        chosen_by_options=plan.stock if plan.chosen_by_options == candidate else plan.chosen_by_options,
         reverted=reason,
         reasons=(*plan.reasons, f"taken back: {candidate.label}, {reason}"),
     )
@@ -85,8 +95,9 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
     elif request.boost is not None and rig.gpus:
         boosted, why = _boosted(search, request.boost)
         first = (*first, *why)
-        chosen = boosted if search.holds(boosted) else stock
-        if chosen is stock:  # the search's own layouts of that name have other reserves
+        holds = search.holds(boosted)
+        chosen = boosted if holds else stock
+        if not holds:  # the search's own layouts of that name have other reserves
             rejected = (*(candidate for candidate in rejected if candidate.label != boosted.label), boosted)
         chosen_by_options = chosen if chosen.placement.kind == "solo" else stock
     else:

@@ -59,8 +59,8 @@ def reasons(
     if not stock.fits:
         lines.append(f"stock would run out of memory: {_overflow(stock, names)}")
     lines += [f"{candidate.label} does not fit: {_overflow(candidate, names)}" for candidate in rejected]
-    losers = [candidate for candidate in fitting if candidate is not chosen][:LOSERS_SHOWN]
-    if chosen is stock:
+    losers = [candidate for candidate in fitting if candidate != chosen][:LOSERS_SHOWN]
+    if chosen == stock:
         lines.append(_stock_stays(stock, losers, request))
         return tuple(lines)
     lines += [f"not chosen: {candidate.label}, {_speed(candidate)}" for candidate in losers]

@@ -19,7 +19,7 @@ def with_runners_up(plan: Plan) -> Plan:
     search = Search(plan.profile, plan.rig, plan.request)
     known = {candidate.placement for candidate in (plan.chosen, plan.stock, *plan.alternatives)}
     passed = {plan.chosen.placement}
-    others = [candidate for candidate in plan.alternatives if candidate is not plan.chosen]
+    others = [candidate for candidate in plan.alternatives if candidate != plan.chosen]
     near: list[Candidate] = [plan.chosen]
     for source in near:
         for placement in search.moves(source):
@@ -31,5 +31,5 @@ def with_runners_up(plan: Plan) -> Plan:
                 near.append(moved)
                 if placement not in known:
                     others.append(moved)
-    kept = [candidate for candidate in plan.alternatives if candidate is plan.chosen]
+    kept = [candidate for candidate in plan.alternatives if candidate == plan.chosen]
     return replace(plan, alternatives=(*kept, *ranked(others, plan.request.objective)))

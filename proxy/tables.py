@@ -133,8 +133,7 @@ def plan_report(
     ``delivery`` is what a request gets, ``launcher`` the arguments of llama-server that mean the plan in full.
     """
     names = gpu_names(plan.rig.gpus)
-    unchanged = plan.chosen is plan.stock
-    verdict = "as stock Ollama does it" if unchanged else plan.chosen.placement.kind
+    verdict = "as stock Ollama does it" if plan.unchanged else plan.chosen.placement.kind
     parts: list[RenderableType] = [
         _model_line(plan, header_only),
         Text(),
@@ -317,9 +316,9 @@ def _ram_warning(candidate: Candidate, rig: Rig) -> Iterator[Text]:
 def _comparison(plan: Plan, delivery: Delivery, names: Sequence[str]) -> Table:
     """The plan, what the options of a request make of it where that is something else, and stock in both eras."""
     rows = [("plan", plan.chosen)]
-    if plan.request.era == "llama-server" and plan.chosen_by_options is not plan.chosen:
+    if plan.request.era == "llama-server" and plan.chosen_by_options != plan.chosen:
         rows.append(("by request options", plan.chosen_by_options))
-    elif plan.request.era == "runner" and plan.chosen is not plan.stock and not delivery.options:
+    elif plan.request.era == "runner" and not plan.unchanged and not delivery.options:
         rows.append(("by request options", plan.stock))
     rows += [
         (ERA_NAMES[era] + (" (yours)" if era == plan.request.era else ""), plan.stock_of(era))

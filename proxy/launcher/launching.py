@@ -150,7 +150,7 @@ class Launching:
             careful = self._launches.give_up(blob, given)
             arguments = launch_arguments(plan, names, request, careful=careful)
         taken = plan.chosen if careful < MOST_CAREFUL else plan.stock
-        if arguments or taken is plan.stock:
+        if arguments or taken == plan.stock:
             self._launches.place(blob, plan, taken)
         if arguments:
             self._launches.given(blob, (request.settings, arguments), context)
@@ -257,7 +257,7 @@ def launch_arguments(plan: Plan, names: Sequence[str], request: LaunchRequest, *
     Stock on one GPU of several is said, since Ollama may have been told to spread; stock over several is what Ollama's own
     arguments do.
     """
-    if careful < MOST_CAREFUL and plan.chosen is not plan.stock:
+    if careful < MOST_CAREFUL and not plan.unchanged:
         return plan_arguments(plan, names, request.settings)
     if plan.stock.placement.kind != "solo" or len(names) == 1:
         return None

@@ -79,7 +79,7 @@ class LearnedPlanner:
         A boost or a GPU that was asked for is a wish, not a prediction, and a stock that does not fit is none to go back to.
         """
         wished = plan.request.boost is not None or candidate.placement.order == (plan.request.gpu,)
-        if candidate is plan.stock or wished or not plan.stock.fits:
+        if candidate == plan.stock or wished or not plan.stock.fits:
             return None
         ours, stock = (self.measurements.speeds(place_of(plan, one)) for one in (candidate, plan.stock))
         if not is_slower(ours, stock):

@@ -89,24 +89,25 @@ def own_wish(options: Mapping[str, object], defaults: Mapping[str, object]) -> s
     return None
 
 
-def deliver(plan: Plan, era: Era, *, tensor_split: bool) -> Delivery:
+def deliver(plan: Plan, era: Era, *, tensor_split: bool, explicit: bool = False) -> Delivery:
     """How ``plan`` is told to an Ollama of ``era``; a client's ``main_gpu: 0`` goes out in any case.
 
     ``plan.chosen_by_options`` is what a stock Ollama can be told. Where nothing of that is better than stock, a split still
     goes out as ``tensor_split``, for forks that know it, where that can say it (``_tensor_split_says``).
+    ``explicit``: stock's own placement is said too.
     """
     how = "auto" if plan.request.boost is None else f"boost {plan.request.boost:g}"
     told = plan.chosen_by_options
     if era == "runner":
         return _deliver_layers(plan, how)
-    if told is not plan.stock:
+    if explicit or not plan.unchanged_by_options:
         options: dict[str, int | str] = {}
         if len(told.placement.order) == 1:
             options["main_gpu"] = library_index(plan.rig, told.placement.order[0])
         if told.placement.kind != "solo" or not keeps_fit_margin(told, plan.rig):
             options["num_gpu"] = sum(told.placement.shares)
         return _delivery(f"{placement_text(told.placement, plan.rig)}; {how}", options)
-    if plan.chosen is plan.stock:
+    if plan.unchanged:
         return stock(f"{how}; {plan.reverted or 'nothing is faster'}", without=MAIN_GPU)
     label = placement_text(plan.chosen.placement, plan.rig)
     if tensor_split and _tensor_split_says(plan.chosen.placement):
@@ -140,7 +141,7 @@ def _deliver_layers(plan: Plan, how: str) -> Delivery:
     Fewer, on better cards, can't be asked for: Ollama would take that many from its own layout, which only gets slower.
     """
     layers = sum(plan.chosen.placement.shares)
-    if plan.chosen is plan.stock:
+    if plan.unchanged:
         return stock(f"{how}; {plan.reverted or 'nothing is faster'}", without=MAIN_GPU)
     label = placement_text(plan.chosen.placement, plan.rig)
     if layers <= sum(plan.stock.placement.shares):

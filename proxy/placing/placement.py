@@ -307,7 +307,7 @@ class Placements:
             return again
         if self._failures.last(current.blob, current.num_ctx) or not worth_reload(current.plan, plan):
             return again
-        plan, delivery = said(plan, delivery)
+        delivery = said(plan, delivery)
         if same_runner(delivery, current.delivery):
             return again
         log.info("%s: %s, in place of %s", current.model, delivery.text, current.delivery.text)

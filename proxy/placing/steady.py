@@ -6,8 +6,6 @@ another one is clearly better, and not again soon.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from planner.choice import score
 from planner.plan import Plan
 from planner.request import Candidate
@@ -38,18 +36,16 @@ def worth_reload(before: Plan, after: Plan) -> bool:
     return score(after.chosen_by_options, objective) >= score(now, objective) * (1 + RELOAD_GAIN)
 
 
-def said(plan: Plan, delivery: Delivery) -> tuple[Plan, Delivery]:
-    """``plan`` and its ``delivery`` so that options say where it goes, although stock would choose the same.
+def said(plan: Plan, delivery: Delivery) -> Delivery:
+    """The ``delivery`` of ``plan`` by options that say where it goes, although stock would choose the same.
 
     Without an option that changes, Ollama loads nothing anew.
     """
-    if plan.chosen_by_options is not plan.stock or plan.stock.placement.kind != "solo":
-        return plan, delivery
-    by_name = replace(plan.stock)
-    plan = replace(plan, chosen=by_name if plan.chosen is plan.stock else plan.chosen, chosen_by_options=by_name)
-    explicit = deliver(plan, plan.request.era, tensor_split=False)
+    if not plan.unchanged_by_options or plan.stock.placement.kind != "solo":
+        return delivery
+    explicit = deliver(plan, plan.request.era, tensor_split=False, explicit=True)
     num_ctx = delivery.options.get("num_ctx")
-    return plan, explicit if num_ctx is None else with_context(explicit, int(num_ctx))
+    return explicit if num_ctx is None else with_context(explicit, int(num_ctx))
 
 
 def same_runner(one: Delivery, other: Delivery) -> bool:

@@ -110,7 +110,7 @@ class RuledPlans:
             return plan
         roomier = await self.on(load, there(evicted=True), loaded=loaded, by_options=by_options)
         # without an option that says where, Ollama looks at what is free now, and unloads nobody
-        return plan if by_options and roomier.chosen_by_options is roomier.stock else roomier
+        return plan if by_options and roomier.unchanged_by_options else roomier
 
     async def on(self, load: Load, rig: Rig, *, loaded: Collection[str], by_options: bool = True) -> Plan:
         """A plan on ``rig`` as it is. Its reasons begin with the rules that it follows. Raises ``ModelError`` for a file that

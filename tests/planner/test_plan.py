@@ -70,6 +70,7 @@ def check(plan: Plan) -> None:
     if plan.stock.fits and plan.request.objective == "decode":
         assert decode(plan.chosen) >= decode(plan.stock)
         assert decode(plan.chosen) >= decode(plan.chosen_by_options) * (1 - TIE)
+    assert (plan.unchanged, plan.unchanged_by_options) == (plan.chosen is plan.stock, plan.chosen_by_options is plan.stock)
     assert plan.stock is plan.stock_of(plan.request.era)
     for era in get_args(Era):
         other = make_plan(plan.profile, plan.rig, replace(plan.request, era=era)).stock

@@ -15,8 +15,9 @@ from proxy.config.settings import load_settings
 from proxy.models.catalog import ModelFacts
 from proxy.ollama.client import Loaded
 from proxy.ollama.endpoints import parse_load_request
+from proxy.ollama.options import deliver, with_context
 from proxy.placing.placement import LOOK_S, Placements
-from proxy.placing.steady import RELOAD_GAIN, REPLAN_S, worth_reload
+from proxy.placing.steady import RELOAD_GAIN, REPLAN_S, said, worth_reload
 from proxy.plans.ruled import RuledPlans
 from proxy.simulator import demo_models
 from tests.proxy.planners import PAIR, RIG, make
@@ -75,6 +76,16 @@ def test_the_plan_in_force_counts_by_the_rates_of_now():
     before = plan_of(1, 100.0)
     after = plan_of(0, 1.2)
     assert worth_reload(before, after)
+
+
+def test_stock_on_one_card_is_said_where_a_loaded_model_is_to_go_there():
+    # shows: without an option that changes, Ollama would leave the model where it is; a context that was set stays set
+    plan = plan_of(0, 1.5)
+    delivery = deliver(plan, "llama-server", tensor_split=False)
+    assert (delivery.text, delivery.options) == ("stock; auto; nothing is faster", {})
+    assert said(plan, delivery).options == {"main_gpu": 0}
+    explicit = said(plan, with_context(delivery, 4096))
+    assert (explicit.text, explicit.options) == ("solo CUDA0; auto; context 4096", {"main_gpu": 0, "num_ctx": 4096})
 
 
 EVENTS = st.lists(
