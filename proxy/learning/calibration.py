@@ -68,7 +68,7 @@ class LearnedPlanner:
         calibration = self.measurements.calibration(profile, rig)
         objective = (self.measurements.turn(profile) or "decode") if self.objective == "auto" else self.objective
         plan = self.planner(profile, rig, replace(request, calibration=calibration, objective=objective))
-        for candidate in (plan.chosen, plan.chosen_by_options):
+        for candidate in dict.fromkeys((plan.chosen, plan.chosen_by_options)):
             if reason := self.loss(plan, candidate):
                 plan = revert(plan, candidate, reason)
         return plan
