@@ -133,12 +133,13 @@ def gpu_json(gpu: Gpu, index: int, *, power_share: float, measured: Mapping[str,
         "clock_mhz": gpu.clock_mhz,
         "bandwidth_bytes_per_s": gpu.bandwidth_bytes_per_s,
         "power_share": power_share,
-        "predicted": _rates_json(predicted.decode_bytes_per_s, predicted.prefill_flops_per_s),
-        "measured": {name: _rates_json(*found.rates[gpu.uuid]) for name, found in measured.items() if gpu.uuid in found.rates},
+        "predicted": rates_json(predicted.decode_bytes_per_s, predicted.prefill_flops_per_s),
+        "measured": {name: rates_json(*found.rates[gpu.uuid]) for name, found in measured.items() if gpu.uuid in found.rates},
     }
 
 
-def _rates_json(decode_bytes_per_s: float, prefill_flops_per_s: float) -> dict[str, float]:
+def rates_json(decode_bytes_per_s: float, prefill_flops_per_s: float) -> dict[str, float]:
+    """A GPU's rates, predicted or measured."""
     return {"decode_bytes_per_s": decode_bytes_per_s, "prefill_flops_per_s": prefill_flops_per_s}
 
 

@@ -31,6 +31,7 @@ from proxy.models.catalog import Catalog, ModelFacts
 from proxy.ollama.answers import Counters, Tail
 from proxy.ollama.client import Ollama
 from proxy.ollama.options import device_names, keeps_fit_margin, library_index, placement_text
+from proxy.planjson import rates_json
 from proxy.plans.loading import plan_request, without_companions
 
 CONTEXT_TOKENS = 4096
@@ -238,8 +239,8 @@ def report_json(report: Report, measurements: Measurements) -> dict[str, Any]:
                 "uuid": gpu.uuid,
                 "name": gpu.name,
                 "bandwidth_bytes_per_s": gpu.bandwidth_bytes_per_s,
-                "predicted": _rates(gpu_rates(gpu).decode_bytes_per_s, gpu_rates(gpu).prefill_flops_per_s),
-                "measured": _rates(*rates[gpu.uuid]) if gpu.uuid in rates else None,
+                "predicted": rates_json(gpu_rates(gpu).decode_bytes_per_s, gpu_rates(gpu).prefill_flops_per_s),
+                "measured": rates_json(*rates[gpu.uuid]) if gpu.uuid in rates else None,
             }
             for gpu in report.rig.gpus
         ],
@@ -256,7 +257,3 @@ def report_json(report: Report, measurements: Measurements) -> dict[str, Any]:
         ],
         "evicted": list(report.evicted),
     }
-
-
-def _rates(decode_bytes_per_s: float, prefill_flops_per_s: float) -> dict[str, float]:
-    return {"decode_bytes_per_s": decode_bytes_per_s, "prefill_flops_per_s": prefill_flops_per_s}
