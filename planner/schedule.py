@@ -65,6 +65,25 @@ class Schedule:
     first_layer: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """What a device's inputs and the programs of its layers hang on.
+
+    * ``layers``: those that get a program, visitors first.
+    * ``normed``: the first norm of its first layer is computed elsewhere.
+    * ``fed``: it is the first, and what its layers begin with is made of the embedding elsewhere.
+    * ``late_output``: the output's rows are picked after the last layer, not within it.
+    * ``borrowed``: as in ``Exchange.borrowed``.
+    """
+
+    part: DevicePart
+    layers: tuple[int, ...]
+    normed: bool
+    fed: bool
+    late_output: bool
+    borrowed: Mapping[int, tuple[int, ...]]
+
+
 PARTS_KEPT = 512
 """Schedules that are kept: more than one search looks at."""
 
@@ -125,15 +144,19 @@ class Schedules:
 
     def _schedule(self, part: DevicePart, layers: Sequence[tuple[int, int]]) -> Schedule:
         fed = self._altup and part.first and not part.output  # Gemma 3n's streams are made where the output layer lies
-        normed = (part.normed and self._begins_normed(part.layers.start)) or fed
-        late_output = part.output and self._profile.architecture in LATE_OUTPUTS
-        borrowed = {} if part.copies > 1 else self.exchange.borrowed(part)
+        task = _Task(
+            part=part,
+            layers=tuple(i for i, _ in layers),
+            normed=(part.normed and self._begins_normed(part.layers.start)) or fed,
+            fed=fed,
+            late_output=part.output and self._profile.architecture in LATE_OUTPUTS,
+            borrowed={} if part.copies > 1 else self.exchange.borrowed(part),
+        )
         prelude = part.first and not fed
         narrow: Size = (self.exchange.embedding_bytes, STEADY)
-        names = self._names(part, layers, normed=normed, fed=fed, late_output=late_output, borrowed=borrowed)
         own = part.layers.start < min(part.layers.stop, self._n)
         programs = [self._programs.prelude(part.copies > 1)] if prelude else []
-        programs += self._layers(part, layers, normed=normed, fed=fed, late_output=late_output, borrowed=borrowed)
+        programs += self._layers(task)
         if own and not part.output:
             programs.append(self._programs.handed_over(norm=part.sends_norm and self._begins_normed(part.layers.stop)))
         programs += [self._programs.foreign(i) for i in part.foreign_experts]
@@ -141,72 +164,54 @@ class Schedules:
         return Schedule(
             leaves=tuple((ZEROS - i, self.sizes[ZEROS - i]) for i, _ in layers) if self._sparse else (),
             unnamed=self.exchange.unnamed(part),
-            inputs=tuple((name, narrow if name == RESIDUAL and prelude else self.sizes[name]) for name in names),
+            inputs=tuple((name, narrow if name == RESIDUAL and prelude else self.sizes[name]) for name in self._names(task)),
             copies=part.copies,
             programs=tuple(programs),
             first_layer=int(prelude),
         )
 
-    def _names(
-        self,
-        part: DevicePart,
-        layers: Sequence[tuple[int, int]],
-        *,
-        normed: bool,
-        fed: bool,
-        late_output: bool,
-        borrowed: Mapping[int, tuple[int, ...]],
-    ) -> Iterable[int]:
+    def _names(self, task: _Task) -> Iterable[int]:
         """Names of a device's inputs, in order."""
+        part, layers = task.part, task.layers
         arrival = [PER_LAYER] if self._has(PER_LAYER) and part.first else []
-        arrival += [RESIDUAL] if not normed else [NORMED]
-        arrival += [PERMUTED, RESIDUAL] if normed and self._altup else []
-        arrival += [EMBEDDING] if fed else []
+        arrival += [RESIDUAL] if not task.normed else [NORMED]
+        arrival += [PERMUTED, RESIDUAL] if task.normed and self._altup else []
+        arrival += [EMBEDDING] if task.fed else []
         arrival += [NORMED] if part.first and adds_positions(self._profile) else []
         inputs: list[int] = []
         early: tuple[int, ...] = ()
         if not part.visitors:
             until = min(part.host_experts, default=self._n) if part.first else self._n
-            firsts = {self._shapes[i]: i for i, _ in reversed(layers)}  # others read what the first of their kind does
-            each = borrowed or self._has(PER_LAYER)
-            for i in [i for i, _ in layers] if each else sorted(firsts.values()):
+            firsts = {self._shapes[i]: i for i in reversed(layers)}  # others read what the first of their kind does
+            each = task.borrowed or self._has(PER_LAYER)
+            for i in layers if each else sorted(firsts.values()):
                 if i > until:
                     break  # what comes later is copied along with weights from RAM
-                inputs += self._copied_to(i, borrowed.get(i, ()))
+                inputs += self._copied_to(i, task.borrowed.get(i, ()))
                 inputs += [slice_name(i)] if self._has(PER_LAYER) and not part.first and part.copies == 1 else []
-            inputs += [OUTPUT_ROWS] if late_output and not (part.first and part.host_experts) else []
-            if layers and normed:  # the residual itself is first read where the first layer adds to it
-                first = layers[0][0]
-                arrival += self._copied_to(first, borrowed.get(first, ()))
-            if layers and fetches_early(self._profile.layer_tensors[layers[0][0]]):
+            inputs += [OUTPUT_ROWS] if task.late_output and not (part.first and part.host_experts) else []
+            if layers and task.normed:  # the residual itself is first read where the first layer adds to it
+                arrival += self._copied_to(layers[0], task.borrowed.get(layers[0], ()))
+            if layers and fetches_early(self._profile.layer_tensors[layers[0]]):
                 early = (STATE_ROWS, EXTRA_ROWS)  # the first layer's states are fetched before anything is computed
         return dict.fromkeys((*early, *arrival, RESIDUAL, *inputs))
 
-    def _layers(
-        self,
-        part: DevicePart,
-        layers: Sequence[tuple[int, int]],
-        *,
-        normed: bool,
-        fed: bool,
-        late_output: bool,
-        borrowed: Mapping[int, tuple[int, ...]],
-    ) -> Iterator[Program]:
-        """The programs of a device's layers, visitors first: one for each of ``layers``."""
-        everything = [i for i, _ in layers]
+    def _layers(self, task: _Task) -> Iterator[Program]:
+        """The programs of a device's layers, visitors first."""
+        part, layers, borrowed = task.part, task.layers, task.borrowed
         pinned = part.copies > 1
-        fetched = {b: a for b, a in self.exchange.fetched_behind.items() if b in part.layers and a in everything}
+        fetched = {b: a for b, a in self.exchange.fetched_behind.items() if b in part.layers and a in layers}
         fetchers = set(fetched.values())
         sliced = self._has(PER_LAYER) and not part.first and not pinned
         first_reader: dict[int, int] = {}
         last_reader: dict[int, int] = {}
-        for i in everything:
+        for i in layers:
             for name in self._reads(i, part.visitors) + borrowed.get(i, ()):
                 first_reader.setdefault(name, i)
                 last_reader[name] = i
         if sliced:
-            last_reader |= {slice_name(i): i for i in everything}
-        if late_output:
+            last_reader |= {slice_name(i): i for i in layers}
+        if task.late_output:
             last_reader[OUTPUT_ROWS] = self._n
             first_reader.setdefault(OUTPUT_ROWS, self._n)
         if not part.first:
@@ -219,11 +224,11 @@ class Schedules:
         ends: dict[int, set[int]] = {}
         for name, reader in last_reader.items():
             ends.setdefault(reader, set()).add(name)
-        special = {*everything[:1], 0, self._n - 1, *ends, *part.host_experts, *borrowed}
+        special = {*layers[:1], 0, self._n - 1, *ends, *part.host_experts, *borrowed}
         if part.visitors:
             special |= {*first_reader.values(), part.visitors.stop - 1}
         usual: dict[object, Program] = {}  # of layers beside which nothing begins or ends
-        for i in everything:
+        for i in layers:
             visits = i in part.visitors
             key = (self._kinds[i] if visits else self._shapes[i], visits, i in fetched, i in fetchers)
             ordinary = i not in special and not sliced and not self._sparse
@@ -240,16 +245,16 @@ class Schedules:
                 brings = tuple(name for name, reader in first_reader.items() if reader <= until and name in waiting)
                 waiting = waiting.difference(brings)
             kept = given - ends.get(i, set()) if not pinned else given
-            if i == 0 and not (fed and pinned):
+            if i == 0 and not (task.fed and pinned):
                 kept -= {PER_LAYER}
-            if pinned and i == everything[0] and (not part.first or fed or not self._programs.has_prelude):
+            if pinned and i == layers[0] and (not part.first or task.fed or not self._programs.has_prelude):
                 kept |= {RESIDUAL, NORMED, EMBEDDING, PERMUTED}
             program = self._programs.layer(
                 i,
                 offloaded=visits,
                 host_experts=i in part.host_experts,
                 experts_away=i in part.host_experts and not part.first,
-                normed=i == everything[0] and normed,
+                normed=i == layers[0] and task.normed,
                 brings=brings,
                 has_states=i in fetched,
                 fetches_states=i in fetchers,
