@@ -24,14 +24,16 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.measure import complete, pci_ids, run_server, running, settled_mib, used_mib, wait_until_loaded
-from benchmarks.gpu.models import SAMPLING, SHAPES, write
+from benchmarks.gpu.models import LETTERS, SAMPLING, SHAPES, write
 from benchmarks.gpu.ollama import clean_environment, get, lopsided, make_store, make_tree, post, process, unload
 from benchmarks.gpu.serverlog import last_load
 from planner.hardware import Gpu
@@ -46,6 +48,9 @@ WAYS = ("stock", "auto", "boost 1.0", "boost 1.75")
 RUNS = 3
 PROMPT_WORDS = 1850
 ANSWER_TOKENS = 64
+PASSAGE_WORDS = 400
+TIMES = 4
+"""How often what a case has in ``again`` is loaded."""
 UNFILLED_MIB = (66000, 66000)
 """Of two cards that one GPU stands for, in cases that do not say it."""
 STILL_S = 2.0
@@ -64,7 +69,8 @@ class Bench:
     models: Path
     server: Path
     cases: dict[str, dict[str, Any]]
-    done: set[tuple[str, str]]
+    done: list[tuple[str, str]]
+    """Cases and ways, one for each row."""
     held: dict[str, int] = field(default_factory=dict)
     """SMs to hold for each model, as far as it was tried."""
     resting: list[float] = field(default_factory=used_mib)
@@ -115,14 +121,15 @@ class Bench:
             row = {key: value for key, value in row.items() if not key.startswith(("used_mib", "free_mib"))}
         with self.args.out.open("a") as rows:
             rows.write(json.dumps(row) + "\n")
-        self.done.add((case, way))
+        self.done.append((case, way))
         said = [f"{row[key]:.1f} {key}" for key in ("decode", "prefill", "load_s") if row.get(key)]
         print(f"{time.strftime('%X')} {case:12} {way:12} {' '.join(said)} {row.get('error', '')[:300]}", flush=True)
 
-    def open(self, case: str, way: str) -> bool:
-        """Whether this is still to be run, and wanted."""
-        kind = "sweep" if way.startswith("sweep") else way
-        return (case, way) not in self.done and (not self.args.ways or kind in self.args.ways)
+    def todo(self, case: str, ways: Iterable[str]) -> list[str]:
+        """Those of ``ways`` that are wanted and not yet done; one that stands there several times is done so often."""
+        done = Counter(way for name, way in self.done if name == case)
+        wanted = [way for way in ways if not self.args.ways or ("sweep" if way.startswith("sweep") else way) in self.args.ways]
+        return [way for nth, way in enumerate(wanted) if wanted[:nth].count(way) >= done[way]]
 
 
 @contextmanager
@@ -169,31 +176,26 @@ def split_arguments(split: str, device: str) -> list[str]:
     return [*arguments, "--tensor-split", ",".join(layers for _, layers in taken)]
 
 
-def sweep(bench: Bench, name: str) -> None:
-    """Every split of the case on llama-server itself, with the batch that Ollama would take."""
+def sweep(bench: Bench, name: str, way: str) -> None:
+    """One split of the case on llama-server itself, with the batch that Ollama would take."""
     case = bench.cases[name]
+    split = way.removeprefix("sweep ")
     batch = case.get("batch") or (2048 if case["num_ctx"] > 32768 else 1024 if case["num_ctx"] > 4096 else 512)
-    for split in case["sweep"]:
-        if not bench.open(name, way := f"sweep {split}"):
-            continue
-        arguments = ["-c", str(case["num_ctx"]), "-b", str(batch), "-ub", str(batch), "-np", "1", "--flash-attn", "auto"]
-        arguments += split_arguments(split, bench.args.device)
-        arguments += ["-t", str(case["threads"])] if "threads" in case else []
-        bench.add(
-            name,
-            way,
-            run_server(
-                str(bench.server),
-                str(bench.models / f"{case['model']}.gguf"),
-                arguments,
-                environment=bench.server_environment,
-                log_path=bench.work / f"{name}.{split}.log",
-                runs=case.get("runs", RUNS),
-                answer_tokens=case.get("answer_tokens", ANSWER_TOKENS),
-                sampling=SAMPLING,
-                idle=bench.idle,
-            ),
-        )
+    arguments = ["-c", str(case["num_ctx"]), "-b", str(batch), "-ub", str(batch), "-np", "1", "--flash-attn", "auto"]
+    arguments += split_arguments(split, bench.args.device)
+    arguments += ["-t", str(case["threads"])] if "threads" in case else []
+    row = run_server(
+        str(bench.server),
+        str(bench.models / f"{case['model']}.gguf"),
+        arguments,
+        environment=bench.server_environment,
+        log_path=bench.work / f"{name}.{split}.log",
+        runs=case.get("runs", RUNS),
+        answer_tokens=case.get("answer_tokens", ANSWER_TOKENS),
+        sampling=SAMPLING,
+        idle=bench.idle,
+    )
+    bench.add(name, way, row)
 
 
 def ask(url: str, model: str, num_ctx: int, prompt: str, tokens: int, threads: int | None = None) -> dict[str, Any]:
@@ -205,6 +207,44 @@ def ask(url: str, model: str, num_ctx: int, prompt: str, tokens: int, threads: i
     )
 
 
+def passage() -> str:
+    """Words of three letters, a token each for a model of embeddings, as many as a passage of a document has."""
+    return " ".join("".join(word) for word in islice(product(LETTERS, repeat=3), PASSAGE_WORDS))
+
+
+def embed(url: str, model: str, log: Path, bench: Bench) -> dict[str, Any]:
+    """Loads a model of embeddings through ``url`` and asks it for a passage's, three times: a row of its own."""
+    before, begin = used_mib(), log.stat().st_size
+    body = {"model": model, "input": passage(), "keep_alive": "10m"}
+    load_s = post(f"{url}/api/embed", body)["load_duration"] / 1e9
+    answers = [post(f"{url}/api/embed", body) for _ in range(RUNS)]
+    rates = [a["prompt_eval_count"] / (a["total_duration"] - a["load_duration"]) * 1e9 for a in answers]
+    return {
+        "model": model,
+        "load_s": load_s,
+        "prefill_runs": rates,
+        "prefill": statistics.median(rates),
+        "prompt_tokens": answers[-1]["prompt_eval_count"],
+        "used_mib_after_runs": [now - then for now, then in zip(used_mib(), before, strict=True)],
+        **said_by_server(log, begin, bench),
+    }
+
+
+def said_by_server(log: Path, begin: int, bench: Bench) -> dict[str, Any]:
+    """What an Ollama's ``log`` says of the last load after the first ``begin`` bytes."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        text = file.read().decode(errors="replace")
+    loaded = last_load(text, bench.pci)
+    return {
+        "order": loaded.order,
+        "buffers_mib": loaded.buffers_mib,
+        "fit_s": loaded.fit_s,
+        "commands": [line for line in text.splitlines() if "starting llama-server" in line][-3:],
+        "out_of_memory": text.count("out of memory"),
+    }
+
+
 def through_ollama(url: str, case: dict[str, Any], log: Path, bench: Bench) -> dict[str, Any]:
     """Loads the case's model through ``url`` and measures it; ``log`` is that Ollama's."""
     model, num_ctx, threads = case["model"], case["num_ctx"], case.get("threads")
@@ -213,8 +253,8 @@ def through_ollama(url: str, case: dict[str, Any], log: Path, bench: Bench) -> d
     begin = log.stat().st_size
     try:
         settled_mib(bench.idle)
-        if "first" in case:
-            ask(url, case["first"], case["first_num_ctx"], "one two", 4)
+        if "embeds" in case:
+            row["embedding"] = embed(url, case["embeds"], log, bench)
         before, begin = used_mib(), log.stat().st_size
         row["load_s"] = ask(url, model, num_ctx, "one two", 4, threads)["load_duration"] / 1e9
         answers = []
@@ -232,18 +272,9 @@ def through_ollama(url: str, case: dict[str, Any], log: Path, bench: Bench) -> d
             {key: entry[key] for key in ("name", "size", "size_vram", "context_length")}
             for entry in get(f"{url}/api/ps")["models"]
         ]
-        if "first" in case:  # still there, or thrown out for the second?
-            row["first_load_s"] = ask(url, case["first"], case["first_num_ctx"], "one two", 4).get("load_duration", 0) / 1e9
     except (RuntimeError, OSError, KeyError, ZeroDivisionError) as error:
         row["error"] = repr(error)
-    with log.open("rb") as file:
-        file.seek(begin)
-        text = file.read().decode(errors="replace")
-    loaded = last_load(text, bench.pci)
-    row |= {"order": loaded.order, "buffers_mib": loaded.buffers_mib, "fit_s": loaded.fit_s}
-    row["commands"] = [line for line in text.splitlines() if "starting llama-server" in line][-3:]
-    row["out_of_memory"] = text.count("out of memory")
-    return row
+    return row | said_by_server(log, begin, bench)
 
 
 def ids_of_cards(*, cards: bool) -> tuple[str, ...]:
@@ -323,7 +354,7 @@ def behind(bench: Bench, name: str, way: str) -> None:
         begin = log.stat().st_size
         times = []
         row: dict[str, Any] = {}
-        if "first" not in case:
+        if "embeds" not in case:
             for _ in range(3):
                 started = time.monotonic()
                 plan = get(f"{PROXY}/lopsided/plan?model={case['model']}&num_ctx={case['num_ctx']}")
@@ -424,22 +455,33 @@ def sms_of_second() -> int | None:
         return None
 
 
-def steps(bench: Bench) -> Iterator[tuple[str, list[str], bool]]:
-    """A case, the ways that are still to be run and whether its sweep is; what is most telling first."""
+def steps(bench: Bench) -> Iterator[tuple[str, list[str]]]:
+    """A case and the ways that are still to be run, what is most telling first; the same way again where single loads differ."""
     cases = {name: case for name, case in bench.cases.items() if bench.unequal or not case.get("equal")}
-
-    def ways(name: str, wanted: Sequence[str]) -> list[str]:
-        return [way for way in cases[name].get("ways", WAYS) if way in wanted and bench.open(name, way)]
-
     for equal in (False, True):
         for name, case in cases.items():
             if bool(case.get("equal")) is equal:
-                todo, swept = ways(name, WAYS[:2]), any(bench.open(name, f"sweep {split}") for split in case["sweep"])
-                if todo or swept:
-                    yield name, todo, swept
-    for name in cases:
-        if todo := ways(name, WAYS[2:]):
-            yield name, todo, False
+                ways = [way for way in WAYS[:2] if way in case.get("ways", WAYS)]
+                ways += [f"sweep {split}" for split in case["sweep"]]
+                yield name, bench.todo(name, ways + case.get("again", []) * (TIMES - 1))
+    for name, case in cases.items():
+        yield name, bench.todo(name, [way for way in WAYS[2:] if way in case.get("ways", WAYS)])
+
+
+def measure(bench: Bench, name: str, way: str) -> None:
+    """One case, one way; what Ollama or lopsided cannot do here is said, to be run again."""
+    if way.startswith("sweep"):
+        sweep(bench, name, way)
+        return
+    try:
+        if way == "stock":
+            row = through_ollama(STOCK, bench.cases[name], bench.work / "stock.log", bench)
+            unload(STOCK)
+            bench.add(name, way, row)
+        else:
+            behind(bench, name, way)
+    except (RuntimeError, OSError) as error:
+        print(f"{name} {way}: {error}", file=sys.stderr, flush=True)
 
 
 def run(bench: Bench) -> None:
@@ -465,20 +507,11 @@ def run(bench: Bench) -> None:
         for name in ("stock", "behind"):  # what it thinks of the GPUs decides on flash attention
             found = re.findall(r'msg="inference compute".*', (bench.work / f"{name}.log").read_text(errors="replace"))
             print(*found[-2:], sep="\n", flush=True)
-        for name, todo, swept in steps(bench):
-            with filled(bench, bench.cases[name]):
-                for way in todo:
-                    try:
-                        if way == "stock":
-                            row = through_ollama(STOCK, bench.cases[name], bench.work / "stock.log", bench)
-                            unload(STOCK)
-                            bench.add(name, way, row)
-                        else:
-                            behind(bench, name, way)
-                    except (RuntimeError, OSError) as error:  # to be run again
-                        print(f"{name} {way}: {error}", file=sys.stderr, flush=True)
-                if swept:
-                    sweep(bench, name)
+        for name, ways in steps(bench):
+            if ways:
+                with filled(bench, bench.cases[name]):
+                    for way in ways:
+                        measure(bench, name, way)
 
 
 def main() -> int:
@@ -501,7 +534,7 @@ def main() -> int:
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     cases = {name: case for name, case in tomllib.loads(args.cases.read_text()).items() if not args.only or name in args.only}
-    models = {name for case in cases.values() for name in (case["model"], case.get("first")) if name} | {*args.calibrate}
+    models = {name for case in cases.values() for name in (case["model"], case.get("embeds")) if name} | {*args.calibrate}
     for name in sorted(models & SHAPES.keys()):
         if not (file := args.models / f"{name}.gguf").exists():
             print(f"writing {file}", flush=True)
@@ -523,7 +556,7 @@ def main() -> int:
         models=args.models.resolve(),
         server=args.ollama.resolve().parent.parent / "lib/ollama/llama-server",
         cases=cases,
-        done={(row["case"], row["way"]) for row in rows},
+        done=[(row["case"], row["way"]) for row in rows],
         held={row["model"]: row["held_sms"] for row in rows if row["held_sms"]},
     )
     run(bench)

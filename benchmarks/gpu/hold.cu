@@ -3,7 +3,8 @@
 //     LD_PRELOAD=./hold.so HOLD=0000:07:00.0=hold.txt llama-server …
 // keeps as many SMs of that device (its PCI id, as nvidia-smi prints it) busy as hold.txt says, with short kernels whose blocks
 // take a whole SM's shared memory each. The file is read again several times a second, so the hold can change while a model is
-// loaded. Only in llama-servers that load a model: not in those that list devices, nor in the shell script that starts one.
+// loaded. Only in llama-servers that load a model: not in those that list devices, nor in the shell script that starts one. Of
+// several that see the device the one that started last holds it: two processes take turns, which would hold it back twice.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -43,13 +44,22 @@ static bool loads_a_model() {
   return found;
 }
 
-static int sms_in(const std::string &path) {
-  int sms = 0;
+static int number_in(const std::string &path) {
+  int number = 0;
   if (FILE *file = fopen(path.c_str(), "r")) {
-    if (fscanf(file, "%d", &sms) != 1) sms = 0;
+    if (fscanf(file, "%d", &number) != 1) number = 0;
     fclose(file);
   }
-  return sms;
+  return number;
+}
+
+static int sms_in(const std::string &path) { return number_in(path + ".last") == getpid() ? number_in(path) : 0; }
+
+static void claim(const std::string &path) {
+  if (FILE *file = fopen((path + ".last").c_str(), "w")) {
+    fprintf(file, "%d\n", getpid());
+    fclose(file);
+  }
 }
 
 static void hold(std::string pci_id, std::string path) {
@@ -58,6 +68,7 @@ static void hold(std::string pci_id, std::string path) {
   const int shared_bytes = 220 * 1024;
   int device;
   if (cudaDeviceGetByPCIBusId(&device, pci_id.c_str()) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return;  // not visible
+  claim(path);
   cudaFuncSetAttribute(spin, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   int least, greatest;
   cudaDeviceGetStreamPriorityRange(&least, &greatest);

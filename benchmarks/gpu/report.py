@@ -12,10 +12,12 @@ import argparse
 import json
 import re
 import shlex
+import statistics
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def arguments(row: dict[str, Any]) -> dict[str, str]:
         words = shlex.split(command[1])[1:] if command else words
         appended = re.findall(r"INFO [^\n]*?: (--[^\n]*)", row.get("said", ""))
         words += appended[-1].split() if appended else []
-    return {word: words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("-")}
+    return {word: following for word, following in pairwise([*words, ""]) if word.startswith("-")}
 
 
 def settings_of(row: dict[str, Any]) -> LoadSettings:
@@ -80,7 +82,7 @@ def settings_of(row: dict[str, Any]) -> LoadSettings:
         batch=batch,
         ubatch=min(int(given["-ub"]), batch),
         flash_attention=given.get("--flash-attn") != "off",
-        outputs=1,
+        outputs=None if "--embedding" in given else 1,
     )
 
 
@@ -99,6 +101,34 @@ def understood(row: dict[str, Any]) -> Load:
             if row.get("used_mib_after_runs"):
                 used.append((row["used_mib_after_runs"][index], predicted.total_bytes / MIB))
     return Load(row=row, placement=placement, settings=settings, parts=tuple(parts), used=tuple(used))
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; the model of embeddings that a row's load found there is one of its own, before it."""
+    for row in map(json.loads, path.read_text().splitlines()):
+        if embedding := row.pop("embedding", None):
+            stayed = any(loaded["name"].split(":")[0] == embedding["model"] for loaded in row.get("loaded", ()))
+            way = f"{row['way']}: embedding" + ("" if stayed else ", then unloaded")
+            yield {**embedding, "case": row["case"], "way": way}
+        yield row
+
+
+def medians(loads: Iterable[Load]) -> list[Load]:
+    """One load of each way: the first one's, with the medians of all runs of all loads."""
+    by_way: dict[str, list[Load]] = {}
+    for load in loads:
+        by_way.setdefault(load.row["way"], []).append(load)
+    return [_median(alike) for alike in by_way.values()]
+
+
+def _median(loads: list[Load]) -> Load:
+    runs = {
+        speed: statistics.median(run for load in loads for run in load.row.get(f"{speed}_runs", [load.row[speed]]))
+        for speed in ("decode", "prefill")
+        if speed in loads[0].row
+    }
+    row = loads[0].row | runs | {"load_s": statistics.median(load.row["load_s"] for load in loads), "loads": len(loads)}
+    return replace(loads[0], row=row)
 
 
 @cache
@@ -146,18 +176,20 @@ def predicted_decode(load: Load, calibration: Calibration | None) -> float | Non
 
 def table(title: str, loads: list[Load], failed: list[dict[str, Any]], learned: dict[str, Calibration]) -> Iterator[str]:
     """One case in Markdown."""
-    stock = next((load.row["decode"] for load in loads if load.row["way"] == "stock"), None)
+    stock = next((load.row["decode"] for load in medians(loads) if load.row["way"] == "stock"), None)
     yield f"\n### {title}\n"
     yield "| way | layers fast + slow | decode tok/s | × stock | predicted | prefill tok/s | load s | MiB | predicted |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for load in loads:
+    for load in medians(loads):
         row = load.row
+        way = f"{row['way']} ({row['loads']} loads)" if row["loads"] > 1 else row["way"]
         predicted = predicted_decode(load, learned.get(row["model"]))
-        times = f"{row['decode'] / stock:.2f}" if stock else ""
+        decode = f"{row['decode']:.1f}" if "decode" in row else ""
+        times = f"{row['decode'] / stock:.2f}" if stock and decode else ""
         speed = f"{predicted:.1f}" if predicted else ""
         taken, expected = (" + ".join(f"{pair[i]:.0f}" for pair in load.used or load.parts) for i in (0, 1))
         yield (
-            f"| {row['way']} | {load.layers} | {row['decode']:.1f} | {times} | {speed} | {row['prefill']:.0f} "
+            f"| {way} | {load.layers} | {decode} | {times} | {speed} | {row['prefill']:.0f} "
             f"| {row['load_s']:.1f} | {taken} | {expected} |"
         )
     for row in failed:
@@ -194,7 +226,7 @@ def _speeds(cases: dict[str, list[Load]]) -> Iterator[str]:
     """The automatic plan beside the sweep's best and beside stock."""
     best_of_sweep, of_stock = {}, {}
     for name, loads in cases.items():
-        by_way = {load.row["way"]: load.row["decode"] for load in loads}
+        by_way = {load.row["way"]: load.row["decode"] for load in medians(loads) if "decode" in load.row}
         sweep = [decode for way, decode in by_way.items() if way.startswith("sweep")]
         if "auto" in by_way and sweep:
             best_of_sweep[name] = by_way["auto"] / max(sweep)
@@ -246,8 +278,8 @@ def main() -> None:
     titles = {name: case["title"] for name, case in tomllib.loads(args.cases.read_text()).items()}
     cases: dict[str, list[Load]] = {}
     failed: dict[str, list[dict[str, Any]]] = {}
-    for row in map(json.loads, args.rows.read_text().splitlines()):
-        if "error" in row or "decode" not in row:
+    for row in rows_of(args.rows):
+        if "error" in row or "prefill" not in row:
             failed.setdefault(row["case"], []).append(row)
             continue
         try:

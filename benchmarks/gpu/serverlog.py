@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.cache import cache_bytes
-from planner.placement import Placement
+from planner.placement import Placement, solo
 from planner.profile import ModelProfile
 from planner.settings import LoadSettings
 from planner.units import MIB
@@ -54,9 +54,12 @@ def last_load(log: str, pci_ids: Sequence[str] = ()) -> Loaded:
 def placement_of(loaded: Loaded, profile: ModelProfile, settings: LoadSettings, devices: tuple[str, ...]) -> Placement:
     """Where the layers went, read off the caches: for models whose layers are all alike. ``devices`` stand in the rig's order.
 
-    Raises ``ValueError`` where the caches are no whole number of layers.
+    A model without a cache is on one device. Raises ``ValueError`` where the caches are no whole number of layers.
     """
     each = cache_bytes(profile, settings)[0] / MIB
+    if not each:
+        (device,) = loaded.order
+        return solo(devices.index(device), n_gpus=len(devices), n_layers=profile.n_layers)
     counts = []
     for device in devices:
         layers = loaded.buffers_mib.get(device, {}).get("KV", 0.0) / each

@@ -6,20 +6,34 @@ import json
 from dataclasses import replace
 from math import prod, sqrt
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from benchmarks.gpu import measure
-from benchmarks.gpu.models import HEAD, SCALE, SHAPES, profile, tensors
+from benchmarks.gpu import bench, measure, models
+from benchmarks.gpu.models import HEAD, SCALE, SHAPES, Encoder, profile
 from benchmarks.gpu.ollama import make_store
-from benchmarks.gpu.report import Load, calibrations, understood, verdicts
+from benchmarks.gpu.report import Load, calibrations, medians, rows_of, understood, verdicts
 from benchmarks.gpu.serverlog import last_load, placement_of
+from planner.memory import estimate_memory
+from planner.placement import Placement, solo
+from planner.profile import ModelProfile
 from planner.settings import LoadSettings
+from proxy.models.gguf import is_embedding, read_profile
 
 LOG = (Path(__file__).parents[1] / "data" / "recordings" / "llama-server-two-gpus.log").read_text()
 LOADS = LOG.split('msg="starting llama-server"')[1:]
 SETTINGS = LoadSettings(num_ctx=4096, batch=512, ubatch=512)
 PCI_IDS = ("0000:00:06.0", "0000:00:07.0")
+
+
+def on_first(model: ModelProfile) -> Placement:
+    return solo(0, n_gpus=2, n_layers=model.n_layers)
+
+
+PLACED: dict[str, Any] = {"placement": on_first(profile("tiny")), "settings": SETTINGS, "parts": (), "used": ()}
 
 
 def test_a_split_is_read_off_the_caches() -> None:
@@ -50,10 +64,10 @@ def test_a_log_without_whole_layers_is_refused() -> None:
         placement_of(last_load(LOADS[0], PCI_IDS), profile("moe30"), SETTINGS, ("CUDA0", "CUDA1"))
 
 
-@pytest.mark.parametrize(("name", "billions"), [("8b", 8.03), ("32b", 32.8), ("70b", 70.6), ("moe30", 30.5)])
+@pytest.mark.parametrize(("name", "billions"), [("8b", 8.03), ("32b", 32.8), ("70b", 70.6), ("moe30", 30.5), ("embed", 0.335)])
 def test_the_models_have_as_many_parameters_as_their_namesakes(name: str, billions: float) -> None:
-    """Published counts; the vocabulary is Llama 3's throughout."""
-    assert sum(prod(tensor.shape) for tensor in tensors(SHAPES[name])) / 1e9 == pytest.approx(billions, rel=0.02)
+    """Published counts; the vocabulary is Llama 3's, but for BERT's own."""
+    assert sum(prod(tensor.shape) for tensor in SHAPES[name].tensors()) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 def test_the_report_judges_measured_rows() -> None:
@@ -77,6 +91,63 @@ def test_the_report_judges_measured_rows() -> None:
     assert "**no**" in said
 
 
+def test_the_model_of_embeddings_is_one_to_its_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file says what the planner computes with, and that it embeds; it has a token for each passage's word."""
+    monkeypatch.setitem(SHAPES, "embed", Encoder(2, 64, 128, 4))
+    models.write(tmp_path / "embed.gguf", "embed")
+    read, known = read_profile(tmp_path / "embed.gguf"), profile("embed")
+    assert is_embedding(read.metadata)
+    assert sorted(read.tensors, key=str) == sorted(known.tensors, key=str)
+    assert estimate_memory(read, SETTINGS, on_first(read)) == estimate_memory(known, SETTINGS, on_first(known))
+    writer = Mock()
+    SHAPES["embed"].add_tokenizer(writer)
+    (tokens,), (types,) = writer.add_token_list.call_args.args, writer.add_token_types.call_args.args
+    assert len(tokens) == len(types) == len(set(tokens)) == models.WORDPIECES
+    assert tokens[100:104] == ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert {f"▁{word}" for word in bench.passage().split()} < set(tokens)
+
+
+def test_a_model_of_embeddings_is_a_load_of_its_own(tmp_path: Path) -> None:
+    """What Ollama 0.32.15 started for one, on the second GPU: its layers are where its weights are, and its bytes as printed."""
+    command = "llama-server -c 512 -np 1 --flash-attn auto --embedding -b 512 -ub 512 --split-mode none --main-gpu 0"
+    embedding = {
+        "model": "embed",
+        "prefill": 8000.0,
+        "load_s": 1.0,
+        "order": ["CUDA1"],
+        "buffers_mib": {"CUDA1": {"model": 577.23, "compute": 12.51}, "CPU": {"compute": 6.51}},
+        "commands": [f'msg="starting llama-server" cmd="{command}"'],
+    }
+    chat = {"case": "two", "way": "auto", "model": "32b", "loaded": [{"name": "32b:latest"}], "embedding": embedding}
+    (tmp_path / "rows").write_text(
+        "".join(json.dumps(chat | {"loaded": loaded}) + "\n" for loaded in ([], [{"name": "embed:latest"}]))
+    )
+    unloaded, _, row, rest = rows_of(tmp_path / "rows")
+    assert (unloaded["way"], row["way"], rest["way"]) == ("auto: embedding, then unloaded", "auto: embedding", "auto")
+    load = understood(row)
+    assert load.layers == "0 + 25"
+    assert load.parts == (pytest.approx((589.74, 589.74), rel=0.01),)
+
+
+def test_what_differs_from_load_to_load_is_loaded_again(tmp_path: Path) -> None:
+    """Four times in turn, those that are done already not counted; the report takes the median of all runs."""
+    case = {"model": "tiny", "num_ctx": 512, "sweep": ["0,5", "5,0"], "again": ["auto", "sweep 0,5"]}
+    run = SimpleNamespace(hold="0", cards=0.0, ways=["auto", "sweep"], out=tmp_path / "rows")
+    rig = bench.Bench(args=run, work=tmp_path, models=tmp_path, server=tmp_path, cases={"fits": case}, done=[])
+    again = ["auto", "sweep 0,5"] * 3
+    assert [todo for _, todo in bench.steps(rig) if todo] == [["auto", "sweep 0,5", "sweep 5,0", *again]]
+    rig.done.extend([("fits", "auto"), ("fits", "auto"), ("fits", "sweep 0,5"), ("another", "auto")])
+    assert [todo for _, todo in bench.steps(rig) if todo] == [
+        ["sweep 5,0", "sweep 0,5", "auto", "sweep 0,5", "auto", "sweep 0,5"]
+    ]
+    loads = [
+        Load(row={"way": "auto", "decode_runs": runs, "prefill_runs": runs, "decode": 0, "prefill": 0, "load_s": 1.0}, **PLACED)
+        for runs in ([1.0, 2.0, 30.0], [4.0, 5.0, 60.0])
+    ]
+    (one,) = medians(loads)
+    assert (one.row["decode"], one.row["loads"]) == (4.5, 2)
+
+
 def test_gpus_must_have_been_at_rest_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's memory is freed, then Ollama looks at the GPU once more: what it holds meanwhile is not taken for rest."""
     readings = iter([20_000.0, 500.0, 1024.0, 500.0, 500.0, 500.0, 500.0, 501.0, 502.0])
@@ -90,7 +161,7 @@ def test_gpus_must_have_been_at_rest_for_a_while(monkeypatch: pytest.MonkeyPatch
     assert measure.settled_mib([490.0], patience_s=3.0) == [1024.0]
 
 
-@pytest.mark.parametrize("name", ["1b", "8b", "32b", "70b"])
+@pytest.mark.parametrize("name", ["8b", "32b", "70b"])
 def test_what_cuda_keeps_in_f16_stays_below_its_end(name: str) -> None:
     """The rows of a matrix are alike, so its outputs are, and so are the normed inputs: sums are those of a row's weights.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.models import SHAPES, Shape
+from benchmarks.gpu.models import SHAPES, Decoder
 from benchmarks.gpu.models import profile as synthetic
 from planner.memory import estimate_memory
 from planner.placement import Placement
@@ -50,7 +50,7 @@ def profile(row: dict[str, Any]) -> ModelProfile:
 @cache
 def _profile(name: str, *, older: bool) -> ModelProfile:
     """The first pair had a 32B of another shape."""
-    return synthetic(name, Shape(64, 5120, 25600, 64, 8) if older and name == "32b" else SHAPES[name])
+    return synthetic(name, Decoder(64, 5120, 25600, 64, 8) if older and name == "32b" else SHAPES[name])
 
 
 def load(row: dict[str, Any]) -> tuple[LoadSettings, Placement]:
