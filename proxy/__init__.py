@@ -1,6 +1,7 @@
 """Everything of lopsided that touches the world: HTTP, GPUs, files, the clock.
 
-``cli`` has the commands, ``app`` puts the proxy together. Under them, from the ground up, no package knowing a later one:
+``cli`` has the commands, ``app`` puts the proxy together, ``loads`` answers what loads a model. Under them, from the
+ground up, no package knowing a later one:
 
 * ``ollama``: what Ollama's clients see of it; ``models``: what a model is; ``gpus``: the rig; ``config``: what the user sets.
 * ``wire``: the way of a request and its answer, byte for byte.

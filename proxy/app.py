@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-import httpx
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -25,27 +24,24 @@ from proxy.errors import GpuError, LopsidedError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.order import DeviceOrder
 from proxy.gpus.static import StaticSource
-from proxy.jsonedit import JsonError
 from proxy.launcher.launch import BODY_LIMIT_BYTES as LAUNCH_LIMIT_BYTES
 from proxy.launcher.launches import Launches
 from proxy.launcher.launching import Launching
 from proxy.learning.calibration import Calibrator, LearnedPlanner
 from proxy.learning.measurements import FILE_NAME as MEASUREMENTS_FILE
 from proxy.learning.measurements import Measurements
+from proxy.loads import Loads
 from proxy.models.catalog import Catalog
 from proxy.ollama.client import Ollama
-from proxy.ollama.endpoints import V1_PATHS, kind_of, parse_load_request
-from proxy.ollama.failures import TEXT_LIMIT_BYTES, is_out_of_memory
-from proxy.ollama.options import stock
+from proxy.ollama.endpoints import kind_of
 from proxy.overview import Overview
-from proxy.placing.outgoing import as_it_is, outgoing
 from proxy.placing.placement import Placements
 from proxy.planjson import devices_json, plan_json
 from proxy.plans.loading import MAX_TOKENS
 from proxy.plans.ruled import RuledPlans
 from proxy.statefile import StateFile
 from proxy.v1.derived import Derived
-from proxy.v1.renaming import LIST_BYTES, Held, Renamed, shown_list
+from proxy.v1.renaming import LIST_BYTES, Held, shown_list
 from proxy.wire.access import LAUNCH_PATH, bears_token, is_foreign, lacks_token, refuses_host, refuses_own, without_token
 from proxy.wire.asgi import Application, Receive, Scope, Send
 from proxy.wire.forward import VIA, ClientRequest, Forwarder
@@ -53,11 +49,6 @@ from proxy.wire.replies import error_reply, send_reply
 
 OWN_PATH = "/lopsided"
 """Everything under it is lopsided's, everything else Ollama's."""
-
-BODY_LIMIT_BYTES = 256 * 2**20
-"""Largest body that is read to learn which model it loads; a larger one passes as it is."""
-
-PLAN_HEADER = b"x-lopsided-plan"
 
 CHALLENGE = ((b"www-authenticate", b"Bearer"),)
 """What comes with a 401 (RFC 9110, 11.6.1)."""
@@ -75,14 +66,14 @@ class Proxy:
         forwarder: Forwarder,
         placements: Placements,
         derived: Derived,
-        calibrator: Calibrator,
+        loads: Loads,
         own: Application,
     ) -> None:
-        self.settings = settings
-        self.forwarder = forwarder
-        self.placements = placements
-        self.derived = derived
-        self.calibrator = calibrator
+        self._settings = settings
+        self._forwarder = forwarder
+        self._placements = placements
+        self._derived = derived
+        self._loads = loads
         self._own = own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +89,7 @@ class Proxy:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
         is_own = path == OWN_PATH or path.startswith(OWN_PATH + "/")
-        settings = self.settings
+        settings = self._settings
         trusted = bears_token(scope["headers"], settings)
         refuses = refuses_own if is_own else refuses_host
         refusal = lacks_token(scope, settings, trusted=trusted) or refuses(scope, settings, trusted=trusted)
@@ -115,23 +106,23 @@ class Proxy:
             if any(name == b"via" and VIA in value for name, value in request.headers):
                 request.finish()
                 await send_reply(
-                    error_reply(508, f"{self.settings.upstream.url} leads back to lopsided; set LOPSIDED_UPSTREAM"), send
+                    error_reply(508, f"{self._settings.upstream.url} leads back to lopsided; set LOPSIDED_UPSTREAM"), send
                 )
                 return
             if foreign:  # Ollama refuses it, or knows better: nothing is planned for it, learned from it or made
-                await self.forwarder.pass_through(request, send)
+                await self._forwarder.pass_through(request, send)
                 return
             kind = kind_of(request.method, path)
             if kind in ("load", "v1") and request.header(b"content-encoding") is None:
-                await self._load(request, send)
+                await self._loads.answer(request, send)
                 return
-            if kind == "list" and self.derived.hides:
+            if kind == "list" and self._derived.hides:
                 await self._list(request, send)
                 return
-            await self.forwarder.pass_through(request, send)
+            await self._forwarder.pass_through(request, send)
             if kind == "store":
-                self.placements.store_changed()
-                self.derived.store_changed()
+                self._placements.store_changed()
+                self._derived.store_changed()
 
     async def _list(self, request: ClientRequest, send: Send) -> None:
         """A list of models, in which derived ones are not to be seen, nor in its length where only that is asked for."""
@@ -139,77 +130,11 @@ class Proxy:
             request.method = "GET"  # the server sends no body all the same
 
         def edit(body: bytes) -> bytes:
-            return shown_list(request.path, body, is_hidden=self.derived.is_hidden, digest=self.derived.digest_of_base)
+            return shown_list(request.path, body, is_hidden=self._derived.is_hidden, digest=self._derived.digest_of_base)
 
         held = Held(send, edit, limit_bytes=LIST_BYTES)
-        await self.forwarder.pass_through(request, held)
+        await self._forwarder.pass_through(request, held)
         await held.let_go()
-
-    async def _load(self, request: ClientRequest, send: Send) -> None:
-        """A request that loads the model it names: placed, if it may be."""
-        body = await request.body(BODY_LIMIT_BYTES)
-        if body is None:
-            await self.forwarder.pass_through(request, send)
-            return
-        try:
-            wanted = parse_load_request(request.path, body)
-        except JsonError:
-            await self.forwarder.relay(request, await self.forwarder.open(request, body), send)
-            return
-        if request.path in V1_PATHS and (reason := self.derived.refusal(wanted.model)):
-            self.placements.seen_on_v1(wanted.model)
-            header = (PLAN_HEADER, stock(reason).text.encode("ascii"))
-            watch = self.calibrator.begin()
-            try:
-                await self.forwarder.relay(request, await self.forwarder.open(request, body), send, extra_headers=(header,))
-            finally:
-                self.calibrator.end(watch)
-            return
-        decision = await self.placements.decide(wanted)
-        watch = self.calibrator.begin(decision, wanted)
-        answered, losses = False, 0
-        try:
-            while True:
-                if losses < 2:
-                    out = await outgoing(request.path, wanted, decision, derived=self.derived, placements=self.placements)
-                else:
-                    out = as_it_is(wanted, "Ollama loses the derived model")
-                if out.alias:
-                    request.headers = [field for field in request.headers if field[0] != b"accept-encoding"]
-                response = await self.forwarder.open(request, out.body)
-                answered = isinstance(response, httpx.Response) and response.status_code < 400 and out.as_planned
-                seen = b""
-                if isinstance(response, httpx.Response) and response.status_code == 500 and decision.delivery.places:
-                    seen = await self.forwarder.peek(response, TEXT_LIMIT_BYTES)
-                    if (
-                        out.as_planned
-                        and is_out_of_memory(500, seen.decode(errors="replace"))
-                        and (instead := await self.placements.after_failure(decision))
-                    ):
-                        decision = instead  # first of all: it is the one that is done, should the client leave now
-                        await response.aclose()
-                        self.calibrator.end(watch)
-                        watch = self.calibrator.begin(decision, wanted)
-                        continue
-                if isinstance(response, httpx.Response) and response.status_code == 404 and out.alias:
-                    seen = await self.forwarder.peek(response, TEXT_LIMIT_BYTES)
-                    if out.alias.derived.encode() in seen:  # deleted behind our back
-                        await response.aclose()
-                        self.derived.lost(out.alias.derived)
-                        losses += 1
-                        continue
-                header = (PLAN_HEADER, out.text.encode("ascii"))
-                if out.alias is None:
-                    tail = watch.tail if out.as_planned else None
-                    await self.forwarder.relay(request, response, send, seen=seen, extra_headers=(header,), tail=tail)
-                    return
-                renamed = Renamed(send, out.alias)
-                await self.forwarder.relay(request, response, renamed, seen=seen, extra_headers=(header,))
-                await renamed.finish()
-                return
-        finally:
-            self.calibrator.end(watch)
-            self.placements.done(decision, loaded=answered, left=request.left)
 
 
 def create_app(
@@ -323,4 +248,5 @@ def create_app(
     async def dashboard() -> Response:
         return Response(content, headers=headers)
 
-    return Proxy(settings, forwarder=forwarder, placements=placements, derived=derived, calibrator=calibrator, own=own)
+    loads = Loads(forwarder=forwarder, placements=placements, derived=derived, calibrator=calibrator)
+    return Proxy(settings, forwarder=forwarder, placements=placements, derived=derived, loads=loads, own=own)

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from proxy.address import parse_address
-from proxy.app import BODY_LIMIT_BYTES
 from proxy.gpus.static import StaticSource
+from proxy.loads import BODY_LIMIT_BYTES
 from proxy.placing import placement
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.wire.forward import CONNECT_S, Forwarder
@@ -69,7 +69,7 @@ def test_absurd_sizes_pass_to_ollama(pair, num_ctx):
 
 
 def test_a_body_too_large_to_be_looked_at_passes_as_it_is(monkeypatch):
-    monkeypatch.setattr("proxy.app.BODY_LIMIT_BYTES", 2**20)
+    monkeypatch.setattr("proxy.loads.BODY_LIMIT_BYTES", 2**20)
     assert BODY_LIMIT_BYTES > 2**20
     with upstream(lambda received, conversation: conversation.answer(200, b"%d" % len(received.body))) as server:
         with proxy_before(server.url, source=PAIR) as url:
