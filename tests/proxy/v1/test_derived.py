@@ -285,6 +285,24 @@ def test_two_in_front_of_one_ollama_lose_nothing(stage, monkeypatch):
         assert (stage.count("load"), stage.count("reload")) == (1, 0)
 
 
+def test_where_ollama_loses_each_one_the_request_goes_as_it_is(stage, monkeypatch):
+    # shows: two are made, none more; the client has its answer
+    complete, lost = ROUTES["/v1/completions"]["POST"], []
+
+    async def gone(exchange):
+        name = exchange.json_body()["model"]
+        if not base_of(name):
+            return await complete(exchange)
+        lost.append(name)
+        return error(404, f"model '{name}' not found")
+
+    monkeypatch.setitem(ROUTES["/v1/completions"], "POST", gone)
+    with stage.proxy():
+        answer = stage.post("/v1/completions")
+        assert (answer.status_code, answer.headers[HEADER]) == (200, "stock; Ollama loses the derived model")
+        assert len(lost) == 2
+
+
 def test_one_that_another_removes_before_it_was_looked_at_is_made_the_next_time(stage, monkeypatch):
     show, lost = ROUTES["/api/show"]["POST"], []
 
