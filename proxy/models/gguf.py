@@ -108,11 +108,11 @@ class GgufHeader:
 def is_embedding(metadata: Metadata) -> bool:
     """Whether these are the metadata of a model that makes embeddings.
 
-    It states a pooling type (``LLAMA_POOLING_TYPE_NONE`` is 0), or is an encoder.
+    It states a pooling type, be it none, by which Ollama goes too (``NewLlamaServerRunner``), or is an encoder.
     """
     architecture = str(metadata.get("general.architecture", ""))
     family = family_of(architecture)
-    return (family is not None and "encoder" in family.features) or _integer(metadata, f"{architecture}.pooling_type") > 0
+    return (family is not None and "encoder" in family.features) or f"{architecture}.pooling_type" in metadata
 
 
 def read_header(path: Path | str) -> GgufHeader:

@@ -262,12 +262,12 @@ def test_what_a_file_is_for(tmp_path, metadata, tensors, kind):
         ({"general.architecture": "bert"}, True),
         ({"general.architecture": "gemma-embedding"}, True),
         ({"general.architecture": "qwen3", "qwen3.pooling_type": 3}, True),
-        ({"general.architecture": "qwen3", "qwen3.pooling_type": 0}, False),
+        ({"general.architecture": "qwen3", "qwen3.pooling_type": 0}, True),
         ({"general.architecture": "llama"}, False),
     ],
 )
 def test_embedding_models(metadata, embedding):
-    """By a pooling type other than none, or by an encoder's architecture."""
+    """By a pooling type, though it be none, or by an encoder's architecture."""
     assert parse(gguf(metadata)).is_embedding is embedding
 
 
