@@ -99,7 +99,8 @@ class RuledPlans:
         plan = await self.on(load, there(evicted=evicted), loaded=loaded, by_options=by_options)
         if not others or not evicts(plan, plan.chosen_by_options if by_options else None):
             return plan
-        if by_options and any(held.stays for held in others) and (gpu := beside_others(plan)) is not None:
+        gives_way = load.facts.is_embedding or any(held.stays for held in others)
+        if by_options and gives_way and (gpu := beside_others(plan)) is not None:
             load = replace(load, request=replace(load.request, gpu=gpu, gpu_reason=BESIDE))
             return await self.on(load, there(evicted=evicted), loaded=loaded)
         if any(held.stays for held in others) and makes_room(load.facts.profile, there(evicted=True), plan.request):

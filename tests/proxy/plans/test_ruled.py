@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ from proxy.cli import main
 from proxy.config import rulefile
 from proxy.gpus.static import StaticSource
 from proxy.placing import steady
-from proxy.simulator import Simulator, create_app, demo_models
+from proxy.simulator import Simulator, build_model, create_app, demo_models
 from proxy.simulator.placement import Environment
 from proxy.simulator.replies import Spoken
 from tests.proxy.launcher.test_launching import make_machine, wait_until
@@ -24,6 +25,10 @@ from tests.servers import serve
 RIG = StaticSource.from_arguments(("RTX 5090:31500MiB", "RTX 3090:23700MiB")).rig()
 CHAT, OTHER, LESSER, SMALL, EMBED = "qwen2.5:32b", "phi4:14b", "gemma2:27b", "qwen3:0.6b", "all-minilm:22m"
 MODELS = [model for model in demo_models() if model.name in {CHAT, OTHER, LESSER, SMALL, EMBED}]
+LARGE_EMBED = "embed:14b"
+PHI = next(model.profile for model in MODELS if model.name == OTHER)
+POOLED = replace(PHI, metadata={**PHI.metadata, f"{PHI.architecture}.pooling_type": 3})
+MODELS.append(build_model(LARGE_EMBED, POOLED, capabilities=("embedding",)))
 CHAT_CTX = {"num_ctx": 4096, "num_predict": 1}
 HEADER = "x-lopsided-plan"
 
@@ -310,6 +315,16 @@ def test_chat_and_embed_by_turns_load_once_and_chat_keeps_the_fast_card(stage, f
         assert (it.cards(CHAT), it.cards(EMBED)) == ((0,), (1,))
         assert len(it.simulator.scheduler.history) == settled  # nothing loads, reloads or is evicted
         assert (it.count("reload"), it.count("load", CHAT)) == (0, 1)
+
+
+def test_a_large_embedding_model_goes_where_nobody_is_unloaded_for_it(stage):
+    # shows: it fits what is left of either card; on the fast one Ollama unloads the chat model for it, which then has to leave
+    with stage() as it:
+        for _ in range(2):
+            it.ask(LESSER, num_ctx=4096)
+            it.ask(LARGE_EMBED, path="/api/embed", num_ctx=16384)
+        assert (it.cards(LESSER), it.cards(LARGE_EMBED)) == ((0,), (1,))
+        assert (it.count("load"), it.count("evict")) == (2, 0)
 
 
 def test_a_group_is_placed_so_that_all_of_it_has_room(stage):
