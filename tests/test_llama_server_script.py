@@ -467,6 +467,7 @@ def test_a_device_that_is_not_in_the_list_is_refused(library):
 
 
 def test_asking_for_the_devices_again_is_a_fault(library):
+    (library.path / "devices").write_text(ROCM_LIST)
     with serving(http(*ask_for_devices())) as server:
         start = library.start(LOPSIDED_URL=server.url)
     assert (start.appended(), len(server.requests), library.listed()) == ((), 2, 1)
@@ -481,6 +482,24 @@ def test_a_slow_list_does_not_count_against_the_limit(library):
     (library.path / "devices").write_text(ROCM_LIST)
     with serving_devices(plan(ROCM_SPLIT)) as server:
         assert library.start(LOPSIDED_URL=server.url).appended() == ROCM_SPLIT
+
+
+@pytest.mark.parametrize(
+    ("listing", "why"), [("time.sleep(60)", "did not list the devices within 1 s"), ("print('x' * 10**5)", "lists no devices")]
+)
+def test_a_list_that_hangs_or_says_nothing_ends_in_the_last_good_answer_and_is_said(library, listing, why):
+    with serving(plan(SPLIT)) as server:
+        assert library.start(LOPSIDED_URL=server.url).appended() == SPLIT
+    library.wait()
+    launcher, stock = library.path / "llama-server", library.path / "llama-server.stock"
+    launcher.write_text(launcher.read_text().replace("LIST_LIMIT_S=10 ", "LIST_LIMIT_S=1 "))
+    stock.write_text(stock.read_text().replace("    print(open(os", f"    import time; {listing}\n    print(open(os"))
+    (library.path / "devices").write_text("")
+    with serving(http(*ask_for_devices())) as server:
+        start = library.start(LOPSIDED_URL=server.url)
+    assert (start.appended(), len(server.requests), library.listed()) == (SPLIT, 1, 1)
+    assert f"{why}; its last answer" in start.said
+    assert start.seconds < 4
 
 
 # Faults
