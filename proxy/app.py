@@ -23,7 +23,7 @@ from proxy.dashboard import page
 from proxy.errors import GpuError, LopsidedError, UpstreamError
 from proxy.gpus import GpuSource
 from proxy.gpus.order import DeviceOrder
-from proxy.gpus.static import StaticSource
+from proxy.gpus.reader import RigReader
 from proxy.launcher.launch import BODY_LIMIT_BYTES as LAUNCH_LIMIT_BYTES
 from proxy.launcher.launches import Launches
 from proxy.launcher.launching import Launching
@@ -145,24 +145,23 @@ def create_app(
     ``order`` is what is known of the order in which Ollama counts the GPUs of ``source``.
     """
     forwarder = Forwarder(settings.upstream)
-    ollama = Ollama(forwarder.client)
+    ollama, gpus = Ollama(forwarder.client), RigReader(source)
     catalog, launches = Catalog(forwarder.client), Launches(time.monotonic)
     measurements = Measurements(StateFile(settings.state if settings.calibration else None, MEASUREMENTS_FILE))
     learned = LearnedPlanner(planner=planner, measurements=measurements, objective=settings.objective)
     rules = RuleFile(settings_file(), settings=setting_names())
-    live = not isinstance(source, StaticSource)  # what is written down does not change with what is loaded
-    plans = RuledPlans(catalog=catalog, rules=rules, settings=settings, planner=learned, live=live)
+    plans = RuledPlans(catalog=catalog, rules=rules, settings=settings, planner=learned, live=gpus.live)
     placements = Placements(
         ollama=ollama,
         catalog=catalog,
-        gpus=source,
+        gpus=gpus,
         settings=settings,
         plans=plans,
         restarts=lambda: forwarder.transport.restarts,
         launches=launches,
     )
     launching = Launching(
-        rig=placements.drafts.rig,
+        rig=gpus.rig,
         injected=placements.injected,
         catalog=catalog,
         ollama=ollama,
@@ -172,10 +171,16 @@ def create_app(
         order=order,
         in_force=lambda: [in_force.blob for in_force in placements.in_force()],
     )
-    calibrator = Calibrator(measurements, learned, placements, off=not settings.calibration)
+    calibrator = Calibrator(measurements, learned, placements, gpus, off=not settings.calibration)
     derived = Derived(ollama=ollama, catalog=catalog, enabled=settings.v1)
     overview = Overview(
-        ollama=ollama, catalog=catalog, placements=placements, launches=launches, calibrator=calibrator, settings=settings
+        ollama=ollama,
+        catalog=catalog,
+        gpus=gpus,
+        placements=placements,
+        launches=launches,
+        calibrator=calibrator,
+        settings=settings,
     )
 
     @asynccontextmanager
@@ -213,12 +218,12 @@ def create_app(
 
     @own.get("/lopsided/devices")
     async def devices() -> JSONResponse:
-        rig = await placements.drafts.rig()
+        rig = await gpus.rig()
         return JSONResponse(devices_json(rig, await asyncio.to_thread(measurements.class_rates, rig)))
 
     @own.get("/lopsided/plan")
     async def plan(model: str, num_ctx: int | None = Query(None, ge=1, le=MAX_TOKENS)) -> JSONResponse:
-        made, delivery = await placements.drafts.preview(model, num_ctx)
+        made, delivery = await placements.preview(model, num_ctx)
         told = await asyncio.to_thread(with_runners_up, made)
         points = await asyncio.to_thread(frontier, made.profile, made.rig, made.request)
         return JSONResponse(plan_json(told, delivery, points))

@@ -12,6 +12,7 @@ from planner.plan import Plan
 from planner.request import Candidate
 from proxy.config.settings import Settings
 from proxy.errors import GpuError, LauncherError, LopsidedError
+from proxy.gpus.reader import RigReader
 from proxy.launcher.installation import SAYINGS, Installation, find_library, inspect
 from proxy.launcher.launches import Launches
 from proxy.learning.calibration import SPEED_FIELDS, Calibrator
@@ -35,6 +36,7 @@ class Overview:
         *,
         ollama: Ollama,
         catalog: Catalog,
+        gpus: RigReader,
         placements: Placements,
         launches: Launches,
         calibrator: Calibrator,
@@ -42,6 +44,7 @@ class Overview:
     ) -> None:
         self._ollama = ollama
         self._catalog = catalog
+        self._gpus = gpus
         self._placements = placements
         self._launches = launches
         self._calibrator = calibrator
@@ -54,7 +57,7 @@ class Overview:
         loaded = {full_name(entry.name): entry for entry in entries} | {entry.digest: entry for entry in entries}
         rig = None
         with suppress(GpuError):
-            rig = await self._placements.drafts.rig()
+            rig = await self._gpus.rig()
         rows, shown = [], set()
         for in_force in self._placements.in_force():
             actual = loaded.get(in_force.digest) or loaded.get(in_force.model)
@@ -75,7 +78,7 @@ class Overview:
         if runs:
             predicted = _bytes(runs.plan, runs.candidate, rig)
             if actual:
-                watched = rig if self._placements.drafts.live else None
+                watched = rig if self._gpus.live else None
                 where = misplaced(runs.candidate, runs.plan.rig, watched, actual.vram_bytes)
         elif in_force.delivery.places:
             predicted = list(in_force.held_bytes or ())

@@ -1,7 +1,8 @@
 """Sources of a rig: what GPUs there are, how fast they are, and what each has free now.
 
 ``nvml`` asks the driver, ``static`` reads a profile or ``--gpu`` arguments, ``specs`` is a table of cards for the latter.
-``order`` brings what NVML found into Ollama's device order; ``host`` reads the machine's RAM.
+``order`` brings what NVML found into Ollama's device order; ``host`` reads the machine's RAM,
+``reader`` whatever source there is, without holding anybody up.
 """
 
 from typing import Protocol

@@ -23,7 +23,7 @@ from planner.speed import gpu_rates
 from proxy.config.settings import Settings
 from proxy.errors import LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
-from proxy.gpus.static import StaticSource
+from proxy.gpus.reader import RigReader
 from proxy.learning.calibration import Heard, measure, place_of
 from proxy.learning.measurements import Measurements
 from proxy.learning.verify import misplaced
@@ -116,7 +116,7 @@ class Calibrating:
         self._client = client
         self._ollama = Ollama(client)
         self._catalog = Catalog(client)
-        self._source = source
+        self._gpus = RigReader(source)
         self._settings = settings
         self._measurements = measurements
         self._step = step
@@ -140,11 +140,11 @@ class Calibrating:
         await asyncio.to_thread(self._measurements.save)
         gone = before - {entry.name for entry in await self._ollama.loaded()}
         others = tuple(sorted(name for name in gone if name.removesuffix(":latest") != model.removesuffix(":latest")))
-        return Report(model=model, rig=await self._rig(), outcomes=tuple(outcomes), evicted=others)
+        return Report(model=model, rig=await self._gpus.rig(), outcomes=tuple(outcomes), evicted=others)
 
     async def _trials(self, facts: ModelFacts, *, num_ctx: int | None, stock: bool) -> list[Trial]:
         era = await self._ollama.era()
-        rig = without_companions(await self._rig(), facts)
+        rig = without_companions(await self._gpus.rig(), facts)
         found: list[Trial] = []
         if era == "llama-server":
             tokens = num_ctx or min(CONTEXT_TOKENS, facts.profile.context_train or CONTEXT_TOKENS)
@@ -193,8 +193,7 @@ class Calibrating:
         entry = next((entry for entry in await self._ollama.loaded() if entry.digest == digest), None)
         if entry is None:
             return "it is not loaded any more"
-        watched = None if isinstance(self._source, StaticSource) else await self._rig()
-        return misplaced(trial.candidate, trial.plan.rig, watched, entry.vram_bytes)
+        return misplaced(trial.candidate, trial.plan.rig, await self._gpus.watched(), entry.vram_bytes)
 
     async def _ask(self, model: str, trial: Trial, *, words: int, num_predict: int) -> Counters:
         """One answer. Raises ``UpstreamError`` with Ollama's words where it fails."""
@@ -220,9 +219,6 @@ class Calibrating:
                 if all(entry.digest != digest for entry in await self._ollama.loaded()):
                     return
                 await asyncio.sleep(0.1)
-
-    async def _rig(self) -> Rig:
-        return await asyncio.to_thread(self._source.rig)
 
 
 def report_json(report: Report, measurements: Measurements) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from planner.request import Candidate, PlanRequest
 from planner.speed import decode_seconds, gpu_rates, host_rates, model_work, work_at
 from planner.verdict import is_slower
 from proxy.errors import LopsidedError
+from proxy.gpus.reader import RigReader
 from proxy.learning.measurements import Measurement, Measurements, Place
 from proxy.learning.verify import misplaced
 from proxy.ollama.answers import Counters, Tail
@@ -121,11 +122,20 @@ class Watch:
 class Calibrator:
     """Watches requests and keeps what their answers say, unless it is ``off``."""
 
-    def __init__(self, measurements: Measurements, planner: LearnedPlanner, placements: Placements, *, off: bool = False) -> None:
+    def __init__(
+        self,
+        measurements: Measurements,
+        planner: LearnedPlanner,
+        placements: Placements,
+        gpus: RigReader,
+        *,
+        off: bool = False,
+    ) -> None:
         self.measurements = measurements
         self._off = off
         self._planner = planner
         self._placements = placements
+        self._gpus = gpus
         self._active: set[Watch] = set()
         self._prompts: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         self._verified: OrderedDict[str, tuple[Plan, str | None]] = OrderedDict()
@@ -240,10 +250,10 @@ class Calibrator:
         """Asked once for each load."""
         plan, wrong = self._verified.get(model.blob, (None, None))
         if plan is not model.plan:  # made anew for each load
-            rig, vram_bytes = await self._placements.drafts.look(model.blob)
+            vram_bytes = await self._placements.vram_bytes(model.blob)
             wrong = "it is not loaded any more"
             if vram_bytes is not None:
-                wrong = misplaced(model.candidate, model.plan.rig, rig, vram_bytes)
+                wrong = misplaced(model.candidate, model.plan.rig, await self._gpus.watched(), vram_bytes)
                 if wrong:
                     log.warning("%s is not where its plan has it: %s. Its answers teach nothing", model.name, wrong)
                 self._verified[model.blob] = (model.plan, wrong)

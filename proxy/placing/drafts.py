@@ -9,12 +9,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from planner.hardware import Rig
 from planner.plan import Plan
 from planner.request import Era, PlanRequest
 from proxy.config.settings import Settings
-from proxy.errors import GpuError, LopsidedError, ModelError
-from proxy.gpus import GpuSource
+from proxy.errors import LopsidedError, ModelError
+from proxy.gpus.reader import RigReader
 from proxy.launcher.launches import Launches
 from proxy.models.catalog import Catalog, ModelFacts, full_name
 from proxy.ollama.client import Loaded, Ollama
@@ -46,13 +45,12 @@ class Drafts:
         *,
         ollama: Ollama,
         catalog: Catalog,
-        gpus: GpuSource | None,
+        gpus: RigReader,
         settings: Settings,
         plans: RuledPlans,
         launches: Launches,
         slots: Mapping[str, Slot],
     ) -> None:
-        self.live = plans.live
         self._ollama = ollama
         self._catalog = catalog
         self._gpus = gpus
@@ -61,7 +59,6 @@ class Drafts:
         self._launches = launches
         self._slots = slots
         self._tell = Once(log, kept=LINES_KEPT)
-        self._reading: asyncio.Task[Rig] | None = None
 
     async def make(
         self, request: LoadRequest, facts: ModelFacts, loaded: Mapping[str, Loaded], *, careful: int
@@ -102,23 +99,6 @@ class Drafts:
                 found[(await self._catalog.facts(entry.name)).key] = entry
         return found
 
-    async def look(self, blob: str) -> tuple[Rig | None, int | None]:
-        """The rig as it is now, ``None`` where nothing watches it, and what ``blob`` takes on all GPUs, ``None`` if not loaded.
-
-        Raises ``LopsidedError``.
-        """
-        entry = (await self.loaded()).get(blob)
-        return await self.rig() if self.live else None, entry.vram_bytes if entry else None
-
-    async def rig(self) -> Rig:
-        """The GPUs as they are now. Raises ``GpuError``."""
-        if self._gpus is None:
-            raise GpuError("no source of GPUs")
-        if self._reading is None or self._reading.done():  # a driver that hangs takes one thread, not all of them
-            self._reading = asyncio.create_task(asyncio.to_thread(self._gpus.rig), name="read GPUs")
-            self._reading.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return await asyncio.shield(self._reading)
-
     def _wanted(self, options: Mapping[str, Any], facts: ModelFacts, era: Era, *, careful: bool = False) -> PlanRequest:
         """What to plan. The launcher never spreads a model; without it, an Ollama that was seen to spread goes on with that."""
         wanted = plan_request(options, facts, self._settings, era, careful=careful)
@@ -137,7 +117,8 @@ class Drafts:
         others = [self._held(blob, loaded[blob], load.model) for blob in sorted(loaded.keys() - {load.blob})]
         own = self._held(load.blob, loaded[load.blob], load.model) if load.blob in loaded else None
         by_options = not self._launches.places_all
-        return await self._plans.beside(load, await self.rig(), own=own, others=others, loaded=loaded, by_options=by_options)
+        rig = await self._gpus.rig()
+        return await self._plans.beside(load, rig, own=own, others=others, loaded=loaded, by_options=by_options)
 
     def _held(self, blob: str, entry: Loaded, model: str) -> Held:
         """A loaded model, as it stands to ``model``, which is about to be loaded."""

@@ -16,10 +16,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
+from planner.plan import Plan
 from proxy.config.rules import Rule
 from proxy.config.settings import Settings
 from proxy.errors import LopsidedError, ModelError, UpstreamError
-from proxy.gpus import GpuSource
+from proxy.gpus.reader import RigReader
 from proxy.launcher.launches import Launches
 from proxy.models.catalog import MODELS_KEPT, Catalog, ModelFacts, full_name
 from proxy.ollama.client import Loaded, Ollama
@@ -62,8 +63,8 @@ class Decision:
 class Placements:
     """Decides what each request gets, and remembers it.
 
-    ``gpus`` is ``None`` where there are none to be planned for: then everything passes unchanged. ``clock`` is monotonic, in
-    seconds; ``restarts`` counts what looked like an end of Ollama, and with it of everything that was loaded.
+    Where ``gpus`` has none to be planned for, everything passes unchanged. ``clock`` is monotonic, in seconds; ``restarts``
+    counts what looked like an end of Ollama, and with it of everything that was loaded.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Placements:
         *,
         ollama: Ollama,
         catalog: Catalog,
-        gpus: GpuSource | None,
+        gpus: RigReader,
         settings: Settings,
         plans: RuledPlans,
         clock: Callable[[], float] = time.monotonic,
@@ -87,7 +88,7 @@ class Placements:
         self._launches = launches or Launches(clock)
         self._slots: dict[str, Slot] = {}
         self._failures = Failures(clock)
-        self.drafts = Drafts(
+        self._drafts = Drafts(
             ollama=ollama,
             catalog=catalog,
             gpus=gpus,
@@ -123,7 +124,7 @@ class Placements:
         except Exception as error:  # noqa: BLE001 - why_not logs what nobody expected
             reason = why_not(error, PLAN_S)
             known = None if isinstance(error, ModelError) else self._known(request, certain=False)
-            return known or Decision(delivery=self.drafts.none(request.model, reason))
+            return known or Decision(delivery=self._drafts.none(request.model, reason))
 
     def done(self, decision: Decision, *, loaded: bool, left: bool = False) -> None:
         """The request is over; ``loaded`` where Ollama answered it, so that the model was in memory, ``left`` where its client
@@ -167,6 +168,15 @@ class Placements:
         self._facts.clear()
 
     # What people ask
+
+    async def preview(self, model: str, num_ctx: int | None) -> tuple[Plan, Delivery]:
+        """The plan that ``model`` would get now, without any effect. Raises ``LopsidedError``."""
+        return await self._drafts.preview(model, num_ctx)
+
+    async def vram_bytes(self, blob: str) -> int | None:
+        """What Ollama says that ``blob`` takes on all GPUs, ``None`` where it is not loaded. Raises ``UpstreamError``."""
+        entry = (await self._drafts.loaded()).get(blob)
+        return entry.vram_bytes if entry else None
 
     def running(self, placed: InForce) -> Running | None:
         """What runs of ``placed``, and where its plan says; ``None`` where that is not known."""
@@ -255,7 +265,7 @@ class Placements:
         ruled_so = current is not None and current.rule in (None, rule)
         unchanged = current if ruled_so and current is not None and current.num_ctx == num_ctx else None
         try:
-            loaded, known = await self.drafts.loaded(), True
+            loaded, known = await self._drafts.loaded(), True
             self._forget_ended(loaded, kept=blob)
         except UpstreamError:
             loaded, known = {}, False
@@ -272,7 +282,7 @@ class Placements:
         if rule.off:
             delivery = stock(OFF)
         elif careful < 2:
-            plan, delivery = await self.drafts.make(request, facts, loaded, careful=careful)
+            plan, delivery = await self._drafts.make(request, facts, loaded, careful=careful)
             if failure and delivery.options == failure.delivery.options:
                 plan, careful, delivery = None, 2, stock("the same plan ran out of memory before", without=MAIN_GPU)
         planned_ctx, held = plan.chosen.settings.num_ctx if plan else None, held_bytes(plan, delivery)
@@ -302,7 +312,7 @@ class Placements:
         if current.plan is None or not due(current, self._clock()):
             return current
         again = replace(current, decided_at=self._clock())
-        plan, delivery = await self.drafts.make(request, facts, loaded, careful=current.careful)
+        plan, delivery = await self._drafts.make(request, facts, loaded, careful=current.careful)
         if plan is None or plan.chosen.settings.num_ctx != current.planned_ctx or delivery.by_launcher:
             return again
         if self._failures.last(current.blob, current.num_ctx) or not worth_reload(current.plan, plan):
@@ -320,7 +330,7 @@ class Placements:
         level = self._launches.level(blob_name(current.blob))
         if not slot.shrunk.due(current, loaded[current.blob], level=level, now_s=self._clock()):
             return False
-        plan, delivery = await self.drafts.make(request, facts, loaded, careful=1)
+        plan, delivery = await self._drafts.make(request, facts, loaded, careful=1)
         if plan is None or not restores(current, plan, delivery):
             return False
         slot.shrunk.mended = True

@@ -115,11 +115,11 @@ async def row_of(*, vram_bytes: int, context: int) -> dict:
     placements = SimpleNamespace(
         in_force=lambda: (placed,),
         running=lambda _: Running(name="m", blob="b", plan=plan, candidate=plan.chosen),
-        drafts=SimpleNamespace(rig=rig, live=False),
     )
     overview = Overview(
         ollama=SimpleNamespace(loaded=loaded),
         catalog=None,
+        gpus=SimpleNamespace(rig=rig, live=False),
         placements=placements,
         launches=None,
         calibrator=SimpleNamespace(speeds=lambda _: {}),

@@ -18,6 +18,7 @@ from planner.units import GIB
 from proxy.config.rulefile import RuleFile
 from proxy.config.settings import load_settings
 from proxy.errors import GpuError
+from proxy.gpus.reader import RigReader
 from proxy.gpus.static import StaticSource
 from proxy.launcher.launches import Launches
 from proxy.models import catalog
@@ -372,7 +373,7 @@ def fixed_placements(**parts):
     settings = load_settings(host="127.0.0.1:11435", upstream="127.0.0.1:1")
     catalog = parts.setdefault("catalog", Fixed())
     plans = RuledPlans(catalog=catalog, rules=RuleFile(None), settings=settings, planner=on(1), live=False)
-    return Placements(ollama=Fixed(), gpus=PAIR, settings=settings, plans=plans, **parts)
+    return Placements(ollama=Fixed(), gpus=RigReader(PAIR), settings=settings, plans=plans, **parts)
 
 
 def load_request(num_ctx):

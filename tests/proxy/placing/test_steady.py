@@ -12,6 +12,7 @@ from planner.placement import solo
 from planner.request import PlanRequest
 from proxy.config.rulefile import RuleFile
 from proxy.config.settings import load_settings
+from proxy.gpus.reader import RigReader
 from proxy.models.catalog import ModelFacts
 from proxy.ollama.client import Loaded
 from proxy.ollama.endpoints import parse_load_request
@@ -111,7 +112,7 @@ def test_a_loaded_model_never_flaps(events):
     async def play():
         settings, catalog = load_settings(state="off", host="127.0.0.1:11435", upstream="127.0.0.1:11434"), Catalog()
         plans = RuledPlans(catalog=catalog, rules=RuleFile(None), settings=settings, planner=speeds, live=False)
-        parts = {"ollama": Ollama(), "catalog": catalog, "gpus": PAIR, "settings": settings, "plans": plans}
+        parts = {"ollama": Ollama(), "catalog": catalog, "gpus": RigReader(PAIR), "settings": settings, "plans": plans}
         placements = Placements(**parts, clock=lambda: now[0])
         first = await placements.decide(REQUEST)
         placements.done(first, loaded=True)
