@@ -71,11 +71,15 @@ def evicts(plan: Plan, candidate: Candidate | None) -> bool:
     return makes_room(plan.profile, plan.rig, plan.request, gpus)
 
 
+def alone(plan: Plan) -> list[Candidate]:
+    """The placements on one GPU that fit, the fastest first."""
+    found = (candidate for candidate in (plan.stock, *plan.alternatives) if candidate.placement.kind == "solo" and candidate.fits)
+    return sorted(found, key=lambda candidate: -candidate.decode_tokens_per_s)
+
+
 def beside_others(plan: Plan) -> int | None:
     """The GPU of the fastest placement on one GPU for which Ollama evicts nobody; ``None`` where there is none."""
-    alone = (found for found in (plan.stock, *plan.alternatives) if found.placement.kind == "solo" and found.fits)
-    ranked = sorted(alone, key=lambda found: -found.decode_tokens_per_s)
-    return next((found.placement.order[0] for found in ranked if not evicts(plan, found)), None)
+    return next((found.placement.order[0] for found in alone(plan) if not evicts(plan, found)), None)
 
 
 def ruled(request: PlanRequest, rig: Rig, rule: Rule, facts: ModelFacts) -> PlanRequest:

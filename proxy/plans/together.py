@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planner.hardware import Rig
@@ -10,6 +10,7 @@ from planner.plan import Planner
 from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
 from proxy.plans.loading import makes_room
+from proxy.plans.room import alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +46,9 @@ def share(members: Sequence[Member], own: int, rig: Rig, planner: Planner, *, by
     return None
 
 
-def _orders(members: Sequence[Member]) -> Iterator[tuple[int, ...]]:
+def _orders(members: Sequence[Member]) -> Iterable[tuple[int, ...]]:
     given = tuple(range(len(members)))
-    yield given
-    small_first = tuple(sorted(given, key=lambda index: members[index].profile.file_bytes))
-    if small_first != given:
-        yield small_first
+    return dict.fromkeys((given, tuple(sorted(given, key=lambda index: members[index].profile.file_bytes))))
 
 
 def _placed(
@@ -64,9 +62,7 @@ def _placed(
         others = [_held(candidate, members[other]) for other, candidate in placed.items()]
         reserve = tuple(sum(bytes_) for bytes_ in zip(own_reserve, *others, strict=True))
         plan = planner(member.profile, rig, replace(member.request, reserve_bytes=reserve))
-        alone = [found for found in (plan.stock, *plan.alternatives) if found.placement.kind == "solo"]
-        ranked = [plan.chosen, *sorted(alone, key=lambda found: -found.decode_tokens_per_s)]
-        for candidate in ranked:
+        for candidate in (plan.chosen, *alone(plan)):
             on_gpus = candidate.placement.kind in ("solo", "split") and candidate.fits
             if on_gpus and _in_peace(members, {**placed, index: candidate}, rig, by_options=by_options):
                 placed[index] = candidate
@@ -80,7 +76,7 @@ def _in_peace(members: Sequence[Member], placed: Mapping[int, Candidate], rig: R
     """Whether each could be loaded last without Ollama unloading another one for it."""
     for index, candidate in placed.items():
         others = [_held(other, members[at]) for at, other in placed.items() if at != index]
-        left = [max(gpu.free_bytes - sum(taken), 0) for gpu, *taken in zip(rig.gpus, *others, strict=True)]
+        left = [gpu.free_bytes - sum(taken) for gpu, *taken in zip(rig.gpus, *others, strict=True)]
         beside = replace(rig, gpus=tuple(replace(gpu, free_bytes=free) for gpu, free in zip(rig.gpus, left, strict=True)))
         gpus = candidate.placement.order if by_options and candidate.placement.kind == "solo" else None
         if others and makes_room(members[index].profile, beside, members[index].request, gpus):
