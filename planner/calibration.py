@@ -12,7 +12,8 @@ took ``t = Σ_d w_d · y_d + (micro-batches − 1) · pace``, with the FLOP of a
 3. Splits are then explained by least squares of ``log t``, with Huber's weights against outliers and one term for each device
    that holds it near where it was: closely where it ran alone, loosely (``UNMEASURED_SPREAD``) where only the card's data
    are known. What splits of one proportion cannot tell apart, so stays where it was. No slowness falls below a part of that.
-4. Devices without any answer are expected to miss their predicted rates as the measured ones do on median.
+4. Cards without any answer are expected to miss their predicted rates as the measured ones do on median, the host as the best
+   of them does, if all are slower than predicted: what slows every card, slows the host.
 """
 
 from __future__ import annotations
@@ -145,14 +146,14 @@ def _learn(
     for device, miss in misses.items():  # classes differ in how much of a card they reach, cards keep their order
         start[device] *= miss / min(misses.values())
     fitted = _fit([row for row in rows if row.run.experts == experts], start, model)
-    common = _common(fitted, start)
-    return fitted, {device: slowness * (1 if device == HOST else common) for device, slowness in start.items()}
+    found = _misses(fitted, start)
+    common = {device: max(1.0, min(found)) if device == HOST else median(found) for device in start}
+    return fitted, {device: slowness * common[device] for device, slowness in start.items()}
 
 
-def _common(slowness: Mapping[str, float], predicted: Mapping[str, float]) -> float:
-    """By how much GPUs miss their prediction, on median."""
-    misses = [slow / predicted[device] for device, slow in slowness.items() if device != HOST]
-    return median(misses) if misses else 1.0
+def _misses(slowness: Mapping[str, float], predicted: Mapping[str, float]) -> list[float]:
+    """By what factor each GPU is slower than predicted; of none, 1."""
+    return [slow / predicted[device] for device, slow in slowness.items() if device != HOST] or [1.0]
 
 
 def _fit(rows: Sequence[_Row], predicted: Mapping[str, float], model: str) -> dict[str, float]:
@@ -169,7 +170,7 @@ def _fit(rows: Sequence[_Row], predicted: Mapping[str, float], model: str) -> di
             spreads[device] = NOISE if own else MODEL_SPREAD
     splits = [row for row in rows if len(row.run.devices) > 1]
     common = (
-        _common(alone, predicted)
+        median(_misses(alone, predicted))
         if alone
         else median([row.seconds / sum(row.parts(predicted).values()) for row in splits] or [1])
     )

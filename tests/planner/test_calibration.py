@@ -14,7 +14,9 @@ from planner.calibration import calibrate
 from planner.hardware import Rig
 from planner.observation import Observation, device_reads, model_key, observe
 from planner.placement import Placement, solo
+from planner.plan import make_plan
 from planner.profile import ModelProfile
+from planner.request import PlanRequest
 from planner.settings import LoadSettings
 from planner.speed import (
     CONTEXT_TOKENS,
@@ -25,6 +27,7 @@ from planner.speed import (
     Rates,
     decode_seconds,
     gpu_rates,
+    host_rates,
     model_work,
     predict_speed,
     solo_rates,
@@ -136,6 +139,18 @@ def test_a_solo_answer_gives_exactly_what_solo_rates_gives() -> None:
     assert found.inferred["GPU-slow"] == pytest.approx(found.rates["GPU-fast"])
     assert predict_speed(DENSE, PAIR, SETTINGS, solo(0, n_gpus=2, n_layers=12), found).calibrated
     assert not predict_speed(DENSE, PAIR, SETTINGS, solo(1, n_gpus=2, n_layers=12), found).calibrated
+
+
+def test_what_slows_every_card_is_expected_of_the_host() -> None:
+    """A small model whose cards were busy stays on one of them; a host beside a card that keeps its promise keeps its own."""
+    predicted = 1 / host_rates(PAIR.host).decode_bytes_per_s
+    alone = [solo(gpu, n_gpus=2, n_layers=12) for gpu in (0, 1)]
+    usual = [predict_speed(DENSE, PAIR, SETTINGS, placement).decode_tokens_per_s for placement in alone]
+    busy = learn(DENSE, [answer(DENSE, placement, speed / 40) for placement, speed in zip(alone, usual, strict=True)])
+    assert 1 / busy.inferred[HOST][0] == pytest.approx(40 * predicted, rel=0.3)
+    assert make_plan(DENSE, PAIR, PlanRequest(num_ctx=4096, calibration=busy)).chosen.placement.kind == "solo"
+    one = learn(DENSE, [answer(DENSE, alone[0], usual[0]), answer(DENSE, alone[1], usual[1] / 40)])
+    assert 1 / one.inferred[HOST][0] == pytest.approx(predicted)
 
 
 def test_splits_of_one_proportion_leave_the_cards_relation_as_predicted() -> None:
