@@ -42,6 +42,9 @@ from proxy.errors import GpuError
 from proxy.gpus.host import read_host
 from proxy.gpus.specs import Card, find_card, idle_free_bytes
 
+UNNAMED = "profile-"
+"""Begins what stands for the UUID of a profile's card where the profile says none."""
+
 MOST_BYTES = 2**50
 """More than any card, host or second of a bus has."""
 
@@ -102,7 +105,7 @@ class StaticSource:
             first = error.errors()[0]
             place = ".".join(str(part + 1 if isinstance(part, int) else part) for part in first["loc"])
             raise GpuError(f"{place}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})") from None
-        gpus = tuple(_gpu(entry, f"profile-{index}-{_words(entry.name)}") for index, entry in enumerate(parsed.gpu))
+        gpus = tuple(_gpu(entry, f"{UNNAMED}{index}-{_words(entry.name)}") for index, entry in enumerate(parsed.gpu))
         if len({gpu.uuid for gpu in gpus}) < len(gpus):
             raise GpuError("gpu: two cards have the same uuid")
         host = parsed.host

@@ -31,6 +31,7 @@ from proxy.config.settings import GO_BOOLEANS
 from proxy.errors import ModelError
 from proxy.gpus.listed import ListedDevice, parse_listing, rig_of
 from proxy.gpus.order import DeviceOrder, in_ollama_order, visible_gpus
+from proxy.gpus.static import UNNAMED
 from proxy.ollama.options import device_names, keeps_fit_margin
 
 BODY_LIMIT_BYTES = 64 * 1024
@@ -163,7 +164,7 @@ def visible_devices(request: LaunchRequest, rig: Rig | None, order: DeviceOrder 
     ``rig`` has all GPUs that lopsided knows, in Ollama's device order, ``None`` where it knows none; ``order`` is what lopsided's
     own environment says of that order. ``None`` is answered where only ``--list-devices`` can tell: no rig, nothing said of what
     is visible, an entry that means no card of the rig, or GPUs of another library or machine. What a profile says of those
-    (``library = "RPC"``) is found by their names.
+    (``library = "RPC"``) is found by their names, and so is what it says of cards whose numbers or UUIDs it does not have.
     """
     known: dict[str, Gpu] = {}
     visible = request.environment.get("CUDA_VISIBLE_DEVICES")
@@ -174,6 +175,8 @@ def visible_devices(request: LaunchRequest, rig: Rig | None, order: DeviceOrder 
         known = {f"CUDA{number}": gpu for number, gpu in enumerate(gpus)}
     others = {name: gpu for name, gpu in zip(device_names(rig), rig.gpus, strict=True) if gpu.library != CUDA} if rig else {}
     if request.devices is not None:
+        if not known:  # a profile need not know the UUIDs by which Ollama shows the cards
+            known = {gpu.uuid: gpu for gpu in cuda if gpu.uuid.startswith(UNNAMED)}
         listed = rig_of(request.devices, known={**known, **others}, host=Host())
         return {device.name: gpu for device, gpu in zip(request.devices, listed.gpus, strict=True)}
     if others or "LLAMA_ARG_RPC" in request.environment:

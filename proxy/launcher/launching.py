@@ -22,6 +22,7 @@ from planner.plan import Plan
 from planner.profile import ModelProfile
 from proxy.config.settings import Settings
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
+from proxy.gpus.listed import MOST_DEVICES
 from proxy.gpus.order import DeviceOrder
 from proxy.launcher.launch import (
     LaunchRequest,
@@ -38,6 +39,7 @@ from proxy.models.catalog import Catalog, ModelFacts
 from proxy.models.gguf import is_embedding, read_profile
 from proxy.ollama.client import Ollama
 from proxy.ollama.names import blob_name
+from proxy.once import Once
 from proxy.plans.loading import plan_request as base_request
 from proxy.plans.ruled import Load, RuledPlans
 
@@ -92,6 +94,7 @@ class Launching:
         self._plans: OrderedDict[object, tuple[asyncio.Task[Plan], float]] = OrderedDict()  # under way, or too late
         self._watching: asyncio.Task[None] | None = None
         self._looks = 0  # since the last launch
+        self._tell = Once(log, kept=MOST_DEVICES)
 
     async def answer(self, body: bytes) -> tuple[int, bytes]:
         """Status and body for what the launcher posted; never raises."""
@@ -134,6 +137,9 @@ class Launching:
         devices = visible_devices(request, rig, self._order)
         if request.devices is None and (devices is None or not self._ruled.live):
             return ask_for_devices()
+        for name, gpu in (devices or {}).items():
+            if rig and not self._ruled.live and gpu.uuid == name:  # known from the list alone
+                self._tell(f"{name} ({gpu.name}) is none of the profile's cards: it is planned with what is listed of it")
         devices = _allowed(request, devices or {})
         if not devices:
             raise GpuError("no GPU is visible to it")

@@ -380,6 +380,19 @@ def test_a_profile_does_not_say_what_is_free_at_the_launch(tmp_path):
         assert machine.appended("phi4:14b", context=4096)[:2] == ("--device", "CUDA1")
 
 
+@pytest.mark.parametrize("visible", ["GPU-b,GPU-a", None])
+def test_what_a_profile_holds_back_counts_where_ollama_shows_cards_by_uuids(tmp_path, caplog, visible):
+    """Which of them is which only their names tell, and one that the profile does not describe is said to be none of its cards."""
+    held_back = StaticSource.from_profile({"gpu": [{"name": "RTX 5090", "free": "1GiB"}, {"name": "RTX 3090"}]})
+    with make_machine(tmp_path, source=held_back) as machine:
+        cards = ("3090 (24259 MiB, 24000 MiB free)", "5090 (32606 MiB, 32000 MiB free)", "4060 (8188 MiB, 8000 MiB free)")
+        lines = (f"  CUDA{number}: NVIDIA GeForce RTX {card}\n" for number, card in enumerate(cards))
+        (machine.library.path / "devices").write_text("".join(lines))
+        assert machine.appended("phi4:14b", context=4096, CUDA_VISIBLE_DEVICES=visible)[:2] == ("--device", "CUDA0")
+    assert "CUDA2 (NVIDIA GeForce RTX 4060) is none of the profile's cards" in caplog.text
+    assert caplog.text.count("none of the profile's cards") == 1
+
+
 def test_a_launcher_elsewhere_needs_the_token_and_a_right_host_is_not_enough():
     settings = load_settings(host="127.0.0.1:11435", upstream="http://127.0.0.1:1", token="s3cret")
 
