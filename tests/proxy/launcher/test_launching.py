@@ -382,7 +382,7 @@ def test_a_profile_does_not_say_what_is_free_at_the_launch(tmp_path):
 
 @pytest.mark.parametrize("visible", ["GPU-b,GPU-a", None])
 def test_what_a_profile_holds_back_counts_where_ollama_shows_cards_by_uuids(tmp_path, caplog, visible):
-    """Which of them is which only their names tell, and one that the profile does not describe is said to be none of its cards."""
+    """Which of them is which only their names tell, and one that it does not describe is said to be none of its cards."""
     held_back = StaticSource.from_profile({"gpu": [{"name": "RTX 5090", "free": "1GiB"}, {"name": "RTX 3090"}]})
     with make_machine(tmp_path, source=held_back) as machine:
         cards = ("3090 (24259 MiB, 24000 MiB free)", "5090 (32606 MiB, 32000 MiB free)", "4060 (8188 MiB, 8000 MiB free)")
