@@ -90,12 +90,27 @@ class Count(click.IntRange):
     name = "integer"
 
 
+class ModelFile(click.Path):
+    """A file that is there; for what may be a model's name in Ollama the error says who takes those."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, as ``click.Path`` has it."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            if Path(value).exists() or str(value).lower().endswith(".gguf"):
+                raise
+            self.fail(f"{error.message} For a model by its name in Ollama there is: lopsided plan {value}", param, ctx)
+
+
 _TOKENS = Count(min=1)
 _CACHE_TYPE = click.Choice(CACHE_TYPE_NAMES, case_sensitive=False)
 
 
 @click.command("estimate")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=ModelFile(exists=True, dir_okay=False, path_type=Path))
 @click.option("--ctx", default=4096, show_default=True, type=_TOKENS, help="Context of one sequence, in tokens.")
 @click.option("--batch", default=2048, show_default=True, type=_TOKENS, help="llama-server's -b.")
 @click.option("--ubatch", default=512, show_default=True, type=_TOKENS, help="llama-server's -ub.")

@@ -149,13 +149,22 @@ def plan_report(
         parts.append(_candidates("Not chosen", rows, names))
     if frontier:
         parts.append(_frontier_table(frontier, names))
-    parts += [Text("Why", style="bold"), _numbered(plan.reasons)]
+    parts += [Text("Why", style="bold"), _numbered((*plan.reasons, *_less_context(plan, frontier, names)))]
     asked = ", ".join(f"{name} {value}" for name, value in delivery.options.items()) or "none"
     arguments = " ".join(launcher) or "none can say this"
     parts += [Text(), Text(f"Options of the request: {asked}"), Text(f"X-Lopsided-Plan: {delivery.text}")]
     if plan.request.era == "llama-server":
         parts.append(Text(f"The plan as arguments of llama-server: {arguments}"))
     return Group(*parts)
+
+
+def _less_context(plan: Plan, points: Sequence[FrontierPoint], names: Sequence[str]) -> Iterator[str]:
+    """The longest context with which nothing lies in RAM, where the plan's own leaves something there."""
+    on_gpus = [point for point in points if point.candidate.placement.kind in ("solo", "split")]
+    if plan.chosen.placement.kind == "partial" and on_gpus and on_gpus[-1].num_ctx < plan.chosen.settings.num_ctx:
+        longest = on_gpus[-1]
+        placed, speed = in_words(longest.candidate.placement, names), f"{longest.candidate.decode_tokens_per_s:.1f} tok/s decode"
+        yield f"with a context of {longest.num_ctx} nothing would lie in RAM: {placed}, {speed}"
 
 
 def _frontier_table(points: Sequence[FrontierPoint], names: Sequence[str]) -> Table:

@@ -216,6 +216,15 @@ def test_a_plan_tells_what_bounds_it_and_what_room_there_is_for_context():
     assert 0 <= bound["left_bytes"] < bound["layer_bytes"]
 
 
+def test_a_plan_with_layers_in_ram_tells_which_context_would_leave_none_there():
+    text = lopsided("plan", LLAMA_70B, *PAIR, "--ctx", "65536").stdout
+    said = re.search(
+        r"\d+\. with a context of (\d+) nothing would lie in RAM: (.* on RTX 5090.*), [\d.]+ tok/s decode$", text, re.MULTILINE
+    )
+    assert re.search(rf"^ +{said[1]} +[\d.]+ +{re.escape(said[2])}$", text, re.MULTILINE)  # a row of the table
+    assert "nothing would lie in RAM" not in lopsided("plan", LLAMA_70B, *PAIR, "--ctx", "8192").stdout
+
+
 def test_a_card_can_be_added_in_thought():
     asked = ("plan", LLAMA_70B, "--gpu", "RTX 5090", "--ctx", "8192")
     alone, both = answer(*asked), answer(*asked, "--add-gpu", "3090:20GiB")

@@ -31,6 +31,14 @@ def test_too_many_layers_are_refused() -> None:
     assert "80" in result.output
 
 
+@pytest.mark.parametrize(("name", "hint"), [("qwen2.5:32b", True), ("model.gguf", False), ("/", False)])
+def test_a_models_name_is_told_where_names_are_taken(name: str, hint: bool) -> None:
+    """`lopsided plan` takes them; exit code 2."""
+    result = CliRunner().invoke(estimate_command, [name])
+    assert result.exit_code == 2
+    assert (f"lopsided plan {name}" in result.output) is hint
+
+
 @pytest.mark.parametrize("split", ["a,b", "-1,82"])
 def test_a_split_that_is_none_is_refused(split: str) -> None:
     """Words and negative numbers are no layer counts; exit code 2."""
