@@ -31,6 +31,43 @@ TENSORS = [
     ("output_norm.weight", "F32", (64,)),
 ]
 
+WIDTH, LAYERS = 64, 2
+EMBEDDER = {
+    "general.architecture": "nomic-bert",
+    "general.name": "Embedder",
+    "nomic-bert.block_count": LAYERS,
+    "nomic-bert.context_length": 2048,
+    "nomic-bert.embedding_length": WIDTH,
+    "nomic-bert.feed_forward_length": WIDTH,
+    "nomic-bert.attention.head_count": 4,
+    "nomic-bert.attention.layer_norm_epsilon": 1e-12,
+    "nomic-bert.attention.causal": False,
+    "nomic-bert.pooling_type": 1,
+    "tokenizer.ggml.model": "bert",
+    "tokenizer.ggml.tokens": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "\u2581word"],
+    "tokenizer.ggml.token_type_count": 2,
+    "tokenizer.ggml.bos_token_id": 2,
+    "tokenizer.ggml.eos_token_id": 3,
+    "tokenizer.ggml.unknown_token_id": 1,
+    "tokenizer.ggml.seperator_token_id": 3,
+    "tokenizer.ggml.padding_token_id": 0,
+}
+"""An encoder that llama-server loads; all its weights are zero."""
+EMBEDDER_TENSORS = [
+    ("token_embd.weight", "F32", (WIDTH, 6)),
+    ("token_types.weight", "F32", (WIDTH, 2)),
+    *[(f"token_embd_norm.{part}", "F32", (WIDTH,)) for part in ("weight", "bias")],
+    *[
+        (f"blk.{layer}.{name}", "F32", shape)
+        for layer in range(LAYERS)
+        for name, shape in (
+            ("attn_qkv.weight", (WIDTH, 3 * WIDTH)),
+            *[(f"{norm}_output_norm.{part}", (WIDTH,)) for norm in ("attn", "layer") for part in ("weight", "bias")],
+            *[(f"{name}.weight", (WIDTH, WIDTH)) for name in ("attn_output", "ffn_up", "ffn_gate", "ffn_down")],
+        )
+    ],
+]
+
 
 def string(text: str) -> bytes:
     """A GGUF string: length, then UTF-8."""

@@ -122,6 +122,7 @@ class EngineScheduler(Scheduler):
             *("--model", str(self.blobs / model.blob.replace(":", "-")), "--port", str(port), "--host", "127.0.0.1"),
             *("--no-webui", "--offline", "-c", str(settings.num_ctx * settings.parallel), "-np", str(settings.parallel)),
             *("--log-verbosity", "4", "--no-log-prefix", "--no-log-timestamps", "--flash-attn", "auto"),
+            *(("--embedding",) if settings.outputs is None else ()),
             *("-b", str(settings.batch), "-ub", str(settings.ubatch)),
             *(("-ngl", str(load.num_gpu)) if load.num_gpu >= 0 else ()),
             *(("--split-mode", "none", "--main-gpu", str(load.visible[0])) if len(load.visible) == 1 else ()),

@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from proxy.launcher.installation import CACHE, install
-from tests.engine.conftest import FAST, PARALLEL, SLOW, Chain, Worker, chain, end
+from proxy.models.gguf import read_profile
+from proxy.simulator import build_model
+from tests.engine.conftest import FAST, MODEL, PARALLEL, SLOW, Chain, Worker, chain, end
 from tests.engine.ollama import Server
+from tests.gguf_files import EMBEDDER, EMBEDDER_TENSORS, gguf
 from tests.servers import free_port
 
 Machine = Callable[..., AbstractContextManager[Chain]]
@@ -168,6 +172,26 @@ def test_a_rogue_answer_is_ignored(machine: Machine, library: Path, tmp_path: Pa
         assert len(server.said) == 1
         assert not list(tmp_path.rglob("pwned"))
         assert not Path("pwned").exists()
+
+
+def test_a_long_text_is_embedded_by_a_model_that_the_launcher_placed(
+    tmp_path: Path, library: Path, workers: tuple[Worker, Worker]
+) -> None:
+    """On the slow card, and with the batch that Ollama gives it: llama-server takes no text that is longer."""
+    file = tmp_path / "embedder.gguf"
+    file.write_bytes(gguf(EMBEDDER, EMBEDDER_TENSORS))
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    file.rename(blobs / build_model(MODEL, read_profile(file)).blob.replace(":", "-"))
+    with chain(tmp_path, library, blobs, workers, (f"{SLOW}:9000MiB", f"{FAST}:9000MiB")) as it:
+        for _ in range(2):  # the second time the launcher is known to answer
+            httpx.post(it.url + "/api/embed", json={"model": MODEL, "input": "word"}, timeout=60)
+            server = it.servers[-1]
+            answer = httpx.post(f"http://127.0.0.1:{server.port}/v1/embeddings", json={"input": "word " * 1500}, timeout=60)
+            assert (answer.status_code, list(server.mib("model"))) == (200, ["RPC0"]), answer.text
+            it.unload()
+            time.sleep(1.1)
+        assert flag(server.appended, "--device") == "RPC0"
 
 
 @contextmanager
