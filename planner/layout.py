@@ -185,9 +185,9 @@ class Layout:
         return tuple(reasons)
 
 
-def create_layout(model: LayerCosts, gpus: Sequence[Gpu], *, boost: float, reserves_bytes: Sequence[int] | None = None) -> Layout:
-    """The layout of ``Layouts`` at one boost."""
-    return Layouts(model, gpus, reserves_bytes).at(boost)
+def create_layout(model: LayerCosts, gpus: Sequence[Gpu], *, boost: float) -> Layout:
+    """The layout of ``Layouts`` at one boost, with the boost algorithm's own reserves."""
+    return Layouts(model, gpus).at(boost)
 
 
 def _fit_reason(fit: Assignment, model: LayerCosts, names: Sequence[str], usable: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from planner.costs import LayerCosts, layer_costs
 from planner.fit import most_placed
 from planner.hardware import Gpu
-from planner.layout import create_layout
+from planner.layout import Layouts, create_layout
 from planner.placement import Placement
 from planner.power import GB, by_compute_power, gpu_minimum_graph_overhead
 from planner.profile import Tensor, build_profile
@@ -72,7 +72,7 @@ class TestReferencePair:
         assert placement.output_gpu == 1
 
     def test_the_reserves_can_be_given(self):
-        placement = create_layout(REFERENCE, PAIR, boost=1.75, reserves_bytes=(457 * MIB, 457 * MIB)).placement
+        placement = Layouts(REFERENCE, PAIR, (457 * MIB, 457 * MIB)).at(1.75).placement
         assert bytes_on(placement, REFERENCE, 0) / (40 * GB) > 0.7
 
     @pytest.mark.parametrize("boost", [1.25, 1.75, 2.0])
@@ -138,7 +138,7 @@ def test_heavy_layers_stay_where_in_runs_not_as_many_would_fit_after_the_move():
         for name, size, sm, cc in (("a", 7, 100, (12, 0)), ("b", 9, 50, (8, 9)), ("c", 8, 20, (8, 6)))
     )
     model = LayerCosts(layers_bytes=(2, 8), ffn_bytes=(2, 8), output_bytes=4)
-    layout = create_layout(model, gpus, boost=1.01, reserves_bytes=(0, 0, 0))
+    layout = Layouts(model, gpus, (0, 0, 0)).at(1.01)
     assert layout.placement == Placement(layers=(0, 1, 1), order=(2, 1, 0), output_gpu=0)
     assert layout.reasons[-1].startswith("heavy layers stay")
 
@@ -146,7 +146,7 @@ def test_heavy_layers_stay_where_in_runs_not_as_many_would_fit_after_the_move():
 def test_an_output_layer_that_the_bisection_put_elsewhere_comes_back_to_the_strongest():
     gpus = (card("small and strong", 6 * GB / MIB, 170, 2407, (12, 0)), card("large and weak", 44 * GB / MIB, 82, 1695, (8, 6)))
     model = LayerCosts(layers_bytes=(25 * GB,) * 3, ffn_bytes=(GB,) * 3, output_bytes=6 * GB)
-    layout = create_layout(model, gpus, boost=1.9, reserves_bytes=(0, 0))
+    layout = Layouts(model, gpus, (0, 0)).at(1.9)
     assert layout.placement == Placement(layers=(0, 1), order=(1, 0), output_gpu=0, cpu_layers=2)
     assert "the output layer goes to small and strong, the strongest GPU" in layout.reasons
 
@@ -252,5 +252,5 @@ def test_many_gpus_that_hold_few_large_layers_each_are_not_tried_in_every_combin
     large = 4 * GB
     model = LayerCosts(layers_bytes=(large,) * 12, ffn_bytes=(large,) * 12, output_bytes=large)
     cards = [card(f"gpu{i}", large * 1.9 / MIB, 100 + i, 1000, (8, 6)) for i in range(12)]
-    create_layout(model, cards, boost=1.5, reserves_bytes=[0] * 12)
+    Layouts(model, cards, [0] * 12).at(1.5)
     assert 2 < len(tried) < 200
