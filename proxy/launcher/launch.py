@@ -27,6 +27,7 @@ from planner.placement import Placement
 from planner.plan import Plan
 from planner.request import PlanRequest
 from planner.settings import LoadSettings
+from planner.stock import automatic_batch
 from proxy.config.settings import GO_BOOLEANS
 from proxy.errors import ModelError
 from proxy.gpus.listed import ListedDevice, parse_listing, rig_of
@@ -205,15 +206,16 @@ def _visible(cuda: Sequence[Gpu], visible: str, order: DeviceOrder, *, by_pci: b
 def plan_request(request: LaunchRequest, base: PlanRequest) -> PlanRequest:
     """What to plan for a launch: ``base`` (boost, margin, calibration, …) with all that Ollama's arguments say.
 
-    ``spread`` is off: stock without it is what a plan is compared with. A batch that Ollama's own rule never takes is a client's;
-    an embedding model's goes by no placement, and a longer text than it is refused.
+    ``spread`` is off: stock without it is what a plan is compared with. A batch that Ollama's own rule never takes, or not for so
+    short a context, is a client's; an embedding model's goes by no placement, and a longer text than it is refused.
     """
     settings = request.settings
     embedding = settings.outputs is None
+    own = settings.batch in OWN_BATCHES and settings.batch <= automatic_batch(settings, 0, (), 0)  # the most by this context
     return replace(
         base,
         num_ctx=settings.num_ctx,
-        num_batch=base.num_batch if settings.batch in OWN_BATCHES and not embedding else settings.batch,
+        num_batch=base.num_batch if own and not embedding else settings.batch,
         parallel=settings.parallel,
         kv_type_k=settings.kv_type_k,
         kv_type_v=settings.kv_type_v,

@@ -153,7 +153,8 @@ def test_a_launch_is_planned_with_what_ollama_told_llama_server():
     base = PlanRequest(num_ctx=131072, boost=1.5, spread=True, era="runner")
     request = plan_request(parsed("--model /m -c 16384 -np 2 -b 1024 -ctk q8_0 -ctv q4_0 --flash-attn on"), base)
     assert request == PlanRequest(num_ctx=8192, parallel=2, kv_type_k="q8_0", kv_type_v="q4_0", flash_attention=True, boost=1.5)
-    assert plan_request(parsed("--model /m -c 16384 -b 300"), base).num_batch == 300
+    for context, batch, num_batch in ((16384, 300, 300), (4096, 1024, 1024), (32768, 2048, 2048), (32769, 2048, None)):
+        assert plan_request(parsed(f"--model /m -c {context} -b {batch}"), base).num_batch == num_batch
     embedding = plan_request(parsed("--model /m -c 8192 -b 2048 -ub 2048 --embedding"), base)
     assert (embedding.embedding, embedding.num_batch) == (True, 2048)  # longer texts are refused: no plan may make it smaller
 
