@@ -20,6 +20,7 @@ from pathlib import Path
 from planner.hardware import Gpu, Rig
 from planner.plan import Plan
 from planner.profile import ModelProfile
+from planner.stock import settings_on
 from proxy.config.settings import Settings
 from proxy.errors import GpuError, LopsidedError, ModelError, UpstreamError
 from proxy.gpus.listed import MOST_DEVICES
@@ -193,8 +194,10 @@ class Launching:
     async def _make(self, request: LaunchRequest, rig: Rig, careful: int) -> Plan:
         facts = await self._facts(request)
         base = base_request({}, facts, self._settings, "llama-server", careful=careful > 0)
-        options = {"num_ctx": request.settings.num_ctx}
-        load = Load(model=await self._name(request.blob), facts=facts, options=options, request=plan_request(request, base))
+        options, wanted = {"num_ctx": request.settings.num_ctx}, plan_request(request, base)
+        if request.settings.batch < settings_on(facts.profile, rig, wanted, range(len(rig.gpus))).batch:
+            wanted = replace(wanted, num_batch=request.settings.batch)  # less than Ollama takes by itself: a client's
+        load = Load(model=await self._name(request.blob), facts=facts, options=options, request=wanted)
         return await self._ruled.on(load, rig, loaded=self._in_force(), by_options=not request.spread)
 
     async def _name(self, blob: str) -> str:

@@ -138,6 +138,11 @@ def test_devices_are_listed_where_the_proxy_has_no_gpus_and_only_then(tmp_path):
         assert machine.library.listed() == 1
 
 
+def test_a_batch_smaller_than_ollamas_own_is_a_clients(machine):
+    # shows: a client that saves memory with num_batch; Ollama itself takes 512 at the least here
+    assert "-b" not in machine.appended("llama3.3:70b", "-b", "256", "-ub", "256", context=4096)
+
+
 def test_a_plan_equal_to_stock_is_said_where_ollama_would_spread(tmp_path):
     with make_machine(tmp_path, planner=planner_for(lambda p: solo(0, n_gpus=2, n_layers=p.n_layers))) as machine:
         assert machine.appended("phi4:14b", context=4096) == SOLO
