@@ -186,9 +186,9 @@ class Search:
         sample = self._buffers(sizes, len(gpus), partial=partial, experts=bool(cpu_experts))
         doubt = OPTIMISM if len(gpus) <= EXACT_GPUS else 1.0
         buffers = {
-            (gpu, role, layers): int(buffer * doubt * layers / FEW_LAYERS)
+            (gpu, part, layers): int(buffer * doubt * layers / FEW_LAYERS)
             for gpu in gpus
-            for role, buffer in zip(ROLES, sample, strict=True)
+            for part, buffer in zip(ROLES, sample, strict=True)
             for layers in range(FEW_LAYERS + 1)
         }
         problem = Problem(
