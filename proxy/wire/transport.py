@@ -234,7 +234,8 @@ class UpstreamTransport(httpx.AsyncBaseTransport):
                     stream = cast("httpx.AsyncByteStream", request.stream)
                     connection.sender = asyncio.create_task(connection.send(stream, answer, chunked=chunked), name="upload")
                 else:
-                    connection.transport.writelines((head, body))
+                    # asyncio from Python 3.12 on never has done with an empty part: it polls, and sees no end of the connection
+                    connection.transport.writelines((head, body) if body else (head,))
                 await answer.head()
             except BaseException as error:
                 self.release(connection)
