@@ -184,11 +184,12 @@ class ModelProfile:
     def remember(self, kind: str, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` returns for ``key``: made once, and forgotten when ``REMEMBERED`` newer ones of its kind were made."""
         known: dict[Hashable, T] = self.memo.setdefault(kind, {})
-        if key in known:
-            return known[key]
+        found = known.get(key)
+        if found is not None:
+            return found
         made = make()
-        while len(known) >= REMEMBERED:
-            known.pop(next(iter(known)), None)
+        for oldest in list(known)[: max(len(known) + 1 - REMEMBERED, 0)]:
+            known.pop(oldest, None)
         known[key] = made
         return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from planner.memory import MemoryEstimate, estimate_memory
 from planner.placement import Placement
-from planner.profile import ModelProfile, build_profile
+from planner.profile import REMEMBERED, ModelProfile, build_profile
 from planner.programs import layer_kinds
 from planner.quantization import ggml_type
 from planner.settings import LoadSettings
@@ -64,3 +65,24 @@ def test_a_run_of_layers_takes_what_each_of_them_alone_does(data: st.DataObject)
     )
     for placement in data.draw(st.lists(placements(profile.n_layers, bool(profile.expert_count)), min_size=3, max_size=8)):
         assert estimate_memory(profile, load, placement) == layer_by_layer(profile, load, placement)
+
+
+def test_another_plan_of_the_model_may_forget_meanwhile() -> None:
+    """The proxy plans in threads, which share a model's memory: what was there at one look may be gone at the next."""
+
+    class Shared(dict[Hashable, object]):
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+        def __iter__(self) -> Iterator[Hashable]:
+            for key in list(super().__iter__()):
+                yield key
+                self.clear()
+
+    model = models.small(n_layers=2)
+    model.memo["squares"] = Shared({number: number**2 for number in range(REMEMBERED)})
+    assert model.remember("squares", 3, lambda: 9) == 9
+    assert model.remember("squares", -1, lambda: 1) == 1
+    assert model.memo["squares"][-1] == 1
