@@ -16,6 +16,7 @@ from planner.profile import ModelProfile
 from planner.reasons import boost_reason, reasons
 from planner.request import Candidate, Era, PlanRequest
 from planner.search import Search
+from planner.speed import gpu_rates
 from planner.stock import DEFAULT_BATCH, StockLoad, libraries, on_rig, settings_on, stock_load
 
 
@@ -69,6 +70,12 @@ def revert(plan: Plan, candidate: Candidate, reason: str) -> Plan:
     )
 
 
+SMALL_PERCENT = 25
+"""An embedding model that takes no more of the slowest card's memory is small: it goes there."""
+
+SLOWER = 0.9
+"""A card that decodes at less than this part of the fastest one's rate is a slow one, a pure number."""
+
 Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
 """``make_plan``, or what stands in its place."""
 
@@ -76,6 +83,8 @@ Planner = Callable[[ModelProfile, Rig, PlanRequest], Plan]
 def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
     """The plan for ``request`` on ``rig``. Pure: equal input gives an equal plan."""
     search = Search(profile, rig, request)
+    if request.embedding and request.gpu is None and (slow := _slow_gpu(search)) is not None:
+        request = replace(request, gpu=slow, gpu_reason="a small embedding model leaves the fast card to others")
     stock, load = _stock(search, request.era)
     solos = search.solos(load.settings.batch)
     by_options = [*solos, *_all_layers(search, stock, load)]
@@ -120,6 +129,17 @@ def _stock(search: Search, era: Era) -> tuple[Candidate, StockLoad]:
     request = search.request if era == search.request.era else replace(search.request, era=era)
     load = stock_load(search.profile, search.rig, request)
     return search.stock(load, "stock"), load
+
+
+def _slow_gpu(search: Search) -> int | None:
+    """Where a small embedding model pushes nobody out: the slowest card; ``None`` where cards are alike or it is not small."""
+    gpus = search.rig.gpus
+    rates = [gpu_rates(gpu, search.request.calibration).decode_bytes_per_s for gpu in gpus]
+    if not rates or min(rates) > SLOWER * max(rates):
+        return None
+    slowest = min(range(len(rates)), key=lambda gpu: (rates[gpu], -gpu))
+    small = search.alone(slowest).memory.devices[slowest].total_bytes * 100 <= SMALL_PERCENT * gpus[slowest].total_bytes
+    return slowest if small else None
 
 
 def _on_named_gpu(request: PlanRequest, candidates: Iterable[Candidate]) -> Candidate | None:

@@ -11,20 +11,10 @@ from dataclasses import dataclass, replace
 
 from planner.hardware import Rig, gpu_names
 from planner.plan import Plan
-from planner.profile import ModelProfile
 from planner.request import Candidate, PlanRequest
-from planner.search import Search
-from planner.speed import gpu_rates
 from planner.units import GIB
 from proxy.config.rules import Rule, find_gpus
-from proxy.models.catalog import ModelFacts
 from proxy.plans.loading import freed, makes_room
-
-SMALL_PERCENT = 25
-"""An embedding model that takes no more of the slowest card's memory is small: it goes there."""
-
-SLOWER = 0.9
-"""A card that decodes at less than this part of the fastest one's rate is a slow one, a pure number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +72,8 @@ def beside_others(plan: Plan) -> int | None:
     return next((found.placement.order[0] for found in alone(plan) if not evicts(plan, found)), None)
 
 
-def ruled(request: PlanRequest, rig: Rig, rule: Rule, facts: ModelFacts) -> PlanRequest:
-    """``request`` with what ``rule`` says of ``rig``, and a small embedding model on the slow card.
+def ruled(request: PlanRequest, rig: Rig, rule: Rule) -> PlanRequest:
+    """``request`` with what ``rule`` says of ``rig``.
 
     GPUs that are not there count as not named: the file may be shared by several machines, and :func:`doubts` tells. Of several
     that one name means, each has its reserve, and ``gpu`` is the first.
@@ -98,8 +88,6 @@ def ruled(request: PlanRequest, rig: Rig, rule: Rule, facts: ModelFacts) -> Plan
         request = replace(request, boost=None if rule.boost == "auto" else rule.boost)
     if rule.gpu is not None and (named := find_gpus(rig.gpus, rule.gpu)):
         return replace(request, gpu=named[0], gpu_reason="a rule of lopsided.toml says so")
-    if facts.is_embedding and rule.gpu is None and (slow := slow_gpu(facts.profile, rig, request)) is not None:
-        return replace(request, gpu=slow, gpu_reason="a small embedding model leaves the fast card to others")
     return request
 
 
@@ -126,14 +114,3 @@ def doubts(rules: Iterable[Rule], rig: Rig) -> Iterator[str]:
             for gpu in found
             if reserves.get(name, 0) >= rig.gpus[gpu].total_bytes
         )
-
-
-def slow_gpu(profile: ModelProfile, rig: Rig, request: PlanRequest) -> int | None:
-    """Where a small embedding model pushes nobody out: the slowest card; ``None`` where cards are alike or it is not small."""
-    rates = [gpu_rates(gpu, request.calibration).decode_bytes_per_s for gpu in rig.gpus]
-    if not rates or min(rates) > SLOWER * max(rates):
-        return None
-    slowest = min(range(len(rates)), key=lambda gpu: (rates[gpu], -gpu))
-    search = Search(profile, rig, request)
-    small = search.alone(slowest).memory.devices[slowest].total_bytes * 100 <= SMALL_PERCENT * rig.gpus[slowest].total_bytes
-    return slowest if small else None

@@ -117,7 +117,7 @@ class RuledPlans:
         """A plan on ``rig`` as it is. Its reasons begin with the rules that it follows. Raises ``ModelError`` for a file that
         contradicts itself."""
         rig, rule = without_companions(rig, load.facts), self.rule(load.model)
-        wanted = ruled(load.request, rig, rule, load.facts)
+        wanted = ruled(load.request, rig, rule)
         grouped = await self._with_group(load, wanted, rig, loaded, by_options)
         problems = [*doubts([rule], rig), *([APART] if grouped is None else [])]
         wanted = grouped or wanted
@@ -158,7 +158,7 @@ class RuledPlans:
             with suppress(LopsidedError):  # one that is not there needs no room
                 facts = await self._catalog.facts(name)
                 if facts.key not in loaded and not self.rule(name).off:
-                    request = ruled(plan_request({}, facts, self._settings, wanted.era), rig, self.rule(name), facts)
+                    request = ruled(plan_request({}, facts, self._settings, wanted.era), rig, self.rule(name))
                     other = Load(model=name, facts=facts, options={}, request=request)
                     if self._sets_context(other):
                         request = await asyncio.to_thread(self._with_context, other, request, rig)

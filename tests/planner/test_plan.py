@@ -303,3 +303,21 @@ def test_what_is_no_count_to_llama_cpp_is_none_here(value: Scalar | tuple[Scalar
     assert wrong.integer("expert_count") == 0
     assert set(wrong.per_layer("expert_count")) == {0}
     assert make_plan(wrong, PAIR, PlanRequest(num_ctx=4096)).chosen == make_plan(profile, PAIR, PlanRequest(num_ctx=4096)).chosen
+
+
+def test_a_small_embedding_model_leaves_the_fast_card_to_others() -> None:
+    """The slow card by its data or by what was measured; not where cards are alike, for a model that chats, or a large one."""
+    small = models.small(n_layers=12)
+    embedding = PlanRequest(num_ctx=2048, embedding=True)
+    assert make_plan(small, PAIR, embedding).chosen.placement.order == (1,)
+    assert make_plan(small, PAIR, replace(embedding, embedding=False)).chosen.placement.order == (0,)
+    assert make_plan(small, PAIR, replace(embedding, gpu=0, gpu_reason="a rule says so")).chosen.placement.order == (0,)
+    alike = rig(gpu("first", 20_000), gpu("second", 20_000))
+    assert make_plan(small, alike, embedding).unchanged
+    uuids = [one.uuid for one in alike.gpus]
+    for slow, rates in ((0, (4e11, 9e11)), (1, (9e11, 4e11))):
+        measured = Calibration(rates={uuid: (rate, 1e13) for uuid, rate in zip(uuids, rates, strict=True)})
+        plan = make_plan(small, alike, replace(embedding, calibration=measured))
+        assert plan.chosen.placement.order == (slow,)
+        assert "a small embedding model leaves the fast card to others" in plan.reasons[0]
+    assert make_plan(small, rig(gpu("fast", 20_000), gpu("slow", 200, gb_per_s=100)), embedding).chosen.placement.order == (0,)
