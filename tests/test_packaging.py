@@ -1,5 +1,6 @@
 """What a fresh clone, a lock file and a wheel are relied on for."""
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -97,3 +98,26 @@ def test_the_setup_refuses_an_old_python_in_one_line(tmp_path):
     assert "lopsided needs Python 3.11 or newer" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert not (clone / ".venv").exists()
+
+
+def shadowed(source: str) -> set[str]:
+    """Names of a module that a comprehension in it gives to a variable of its own."""
+    tree = ast.parse(source)
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            own |= {alias.asname or alias.name for alias in node.names}
+    variables = (name for node in ast.walk(tree) if isinstance(node, ast.comprehension) for name in ast.walk(node.target))
+    return {name.id for name in variables if isinstance(name, ast.Name)} & own
+
+
+def test_no_comprehension_takes_the_name_of_a_function() -> None:
+    """Python 3.12.1 then takes the one for the other in the next comprehension, which no other version shows."""
+    modules = [path for part in ("planner", "proxy") for path in (ROOT / part).rglob("*.py")]
+    assert {str(path): found for path in modules if (found := shadowed(path.read_text()))} == {}
+
+
+def test_a_comprehension_that_takes_one_is_seen() -> None:
+    assert shadowed("from a import role\ndef f():\n    return {role: 1 for role in (1, 2)}, [role(i) for i in (1, 2)]") == {
+        "role"
+    }

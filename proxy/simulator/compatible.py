@@ -25,7 +25,7 @@ _SAMPLING = ("temperature", "top_p", "seed", "stop", "frequency_penalty", "prese
 
 async def models(exchange: Exchange) -> Response:
     """``GET /v1/models``."""
-    return _json({"object": "list", "data": [_listed(model) for model in exchange.simulator.store]})
+    return _json({"object": "list", "data": [_listed(one) for one in exchange.simulator.store]})
 
 
 async def model(exchange: Exchange) -> Response:
