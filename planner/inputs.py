@@ -43,6 +43,10 @@ CHOICE_MASK = -16
 EXTRA_ROWS = -15
 """The states that are kept of sequences that do not take part: none, but a tensor all the same (``build_rs``)."""
 
+POOLED = -17
+"""Which rows become a text's embedding, or what part of each (``build_pooling``): read after the logits, so that it lies between
+those and the inputs that are free by then."""
+
 EMBEDDING, PERMUTED, DEEPSTACK = -12, -13, -14
 """Gemma 3n's embedding before it becomes several streams, and those streams with their dimensions in another order; Qwen3-VL's
 embedding with room for what images add to the first layers (``build_inp_embd``)."""
@@ -59,6 +63,9 @@ WINDOW = 20
 """Layers with a window have a cache, a mask and matrices of their own: their names are lower by this."""
 
 
+MEAN = 1
+"""The pooling type of an embedding that is the mean of all rows (``LLAMA_POOLING_TYPE_MEAN``); all others take a row."""
+
 Attention = Literal["fused", "plain", "fallen", "host"]
 """``fused``: one operation. ``plain``: scores as a matrix. ``fallen``: the same with a cache that was made for fused attention,
 since the GPU has no kernel. ``host``: one operation, on the CPU."""
@@ -68,11 +75,13 @@ since the GPU has no kernel. ``host``: one operation, on the CPU."""
 class Scale:
     """What is computed at a time: tokens of a micro-batch, tokens whose logits are wanted. The cells come later: ``cells_of``.
 
-    ``attention``, see ``attention_of``, and what follows from it for cache and mask: ``fused``.
+    ``attention``, see ``attention_of``, and what follows from it for cache and mask: ``fused``. ``pooling``: how a decoder that
+    is loaded for embeddings makes one of a text (``llama_pooling_type``), 0 where it does not.
     """
 
     tokens: int
     outputs: int
+    pooling: int
     sequences: int
     attention: Attention
     keys: GgmlType
@@ -97,6 +106,7 @@ def scale_of(profile: ModelProfile, settings: LoadSettings, *, falls: bool = Fal
     return Scale(
         tokens=tokens,
         outputs=min(tokens, settings.outputs or tokens),
+        pooling=profile.integer("pooling_type") if settings.outputs is None and not encoder else 0,
         sequences=sequences,
         attention=attention,
         keys=keys,
@@ -267,6 +277,7 @@ def input_sizes(profile: ModelProfile, scale: Scale) -> dict[int, Size]:
         PER_LAYER: per_layer * tokens * F32,
         POSITIONS: tokens * I32,
         OUTPUT_ROWS: scale.outputs * I32,
+        POOLED: scale.sequences * (tokens * F32 if scale.pooling == MEAN else I32) if scale.pooling else 0,
         EXTRA_ROWS: 0,
         STATE_ROWS: scale.sequences * I32,
         STATES: convolution_state_elements(profile) * scale.sequences * F32,

@@ -16,9 +16,11 @@ from planner.inputs import (
     EMBEDDING,
     F32,
     MASK,
+    MEAN,
     NORMED,
     OUTPUT_ROWS,
     PER_LAYER,
+    POOLED,
     RESIDUAL,
     WINDOW,
     Scale,
@@ -193,8 +195,13 @@ class Programs:
                     exports[NORMED] = x
                 x = tape.op(width * scale.outputs * F32, x, OUTPUT_ROWS)
             exports[MASK] = tape.op(profile.vocab_size * scale.outputs * F32, x)
+            if scale.pooling:
+                rows = exports.setdefault(NORMED, x)
+                if scale.pooling == MEAN:
+                    rows = tape.op(width * tokens * F32, rows)
+                tape.op(width * scale.sequences * F32, rows, POOLED)
         found = self._made[key] = tape.compile(
-            exports, sizes=self._sizes, kept={MASK, MASK - WINDOW, *((RESIDUAL,) if pinned else ())}
+            exports, sizes=self._sizes, kept={MASK, MASK - WINDOW, POOLED, *((RESIDUAL,) if pinned else ())}
         )
         return found
 

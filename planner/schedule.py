@@ -24,6 +24,7 @@ from planner.inputs import (
     OUTPUT_ROWS,
     PER_LAYER,
     PERMUTED,
+    POOLED,
     POSITIONS,
     RESIDUAL,
     STATE_ROWS,
@@ -111,7 +112,7 @@ class Schedules:
         self._alikes: dict[object, Schedule] = {}
         self._read_by: dict[tuple[int, bool, bool], tuple[int, ...]] = {}
         reads = [self._inputs_of(i, visiting=False, on_host=True) for i in set(self._shapes)]
-        self.host_inputs = frozenset(name for names in reads for name in names) - {PER_LAYER, DEEPSTACK}
+        self.host_inputs = frozenset(name for names in (*reads, (POOLED,)) for name in names) - {PER_LAYER, DEEPSTACK}
         """Names of the inputs that the host fills in."""
 
     def of(self, part: DevicePart) -> tuple[Schedule, tuple[int, ...]]:
@@ -189,7 +190,9 @@ class Schedules:
                     break  # what comes later is copied along with weights from RAM
                 inputs += self._copied_to(i, task.borrowed.get(i, ()))
                 inputs += [slice_name(i)] if self._has(PER_LAYER) and not part.first and part.copies == 1 else []
-            inputs += [OUTPUT_ROWS] if task.late_output and not (part.first and part.host_experts) else []
+            if part.output and not (part.first and part.host_experts):
+                inputs += [OUTPUT_ROWS] if task.late_output else []
+                inputs += [POOLED] if self._has(POOLED) else []
             if layers and task.normed:  # the residual itself is first read where the first layer adds to it
                 arrival += self._copied_to(layers[0], task.borrowed.get(layers[0], ()))
             if layers and fetches_early(self._profile.layer_tensors[layers[0]]):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.gpu.models import profile as synthetic
 from planner.cache import cache_bytes
 from planner.memory import estimate_memory
 from planner.placement import Placement, on_cpu, solo
@@ -174,6 +175,30 @@ def test_runtime_and_projector_are_parts_of_their_own() -> None:
     more = estimate_memory(profile, LoadSettings(), placement, runtime_bytes=(7, 7, 7), projector_bytes=1000)
     assert [m.total_bytes - p.total_bytes for m, p in zip(more.devices, plain.devices, strict=True)] == [0, 1007, 7]
     assert more.host == plain.host
+
+
+@pytest.mark.parametrize(
+    ("pooling", "num_ctx", "ubatch", "parallel", "logged"),
+    [
+        ("none", 8192, 512, 1, (251.00, 9.01)),
+        ("mean", 8192, 512, 1, (259.01, 9.02)),
+        ("mean", 256, 1024, 4, (503.54, 2.54)),
+        ("cls", 1024, 256, 4, (126.01, 1.01)),
+        ("last", 8192, 512, 1, (259.01, 9.01)),
+    ],
+)
+def test_a_decoder_that_pools(pooling: str, num_ctx: int, ubatch: int, parallel: int, logged: tuple[float, float]) -> None:
+    """What ``llama-server`` b10488 logged for ``benchmarks.gpu.models``' tiny one on an RPC device: ``--embedding --pooling mean
+    -c 8192 -b 512 -ub 512 -np 1 -ngl 99``. Loaded to answer it pools nothing."""
+    plain = synthetic("tiny")
+    metadata = {**plain.metadata, "llama.pooling_type": ("none", "mean", "cls", "last").index(pooling)}
+    profile = build_profile(metadata=metadata, tensors=plain.tensors, file_bytes=plain.file_bytes)
+    load = LoadSettings(num_ctx=num_ctx, parallel=parallel, batch=ubatch, ubatch=ubatch)
+    placement = solo(0, n_gpus=1, n_layers=profile.n_layers)
+    memory = estimate_memory(profile, load, placement)
+    assert (memory.devices[0].compute_bytes / MIB, memory.host.compute_bytes / MIB) == pytest.approx(logged, abs=0.011)
+    answering = replace(load, outputs=parallel)
+    assert estimate_memory(profile, answering, placement) == estimate_memory(plain, answering, placement)
 
 
 def test_an_embedding_model_has_no_cache() -> None:
