@@ -163,14 +163,14 @@ def _splits(search: Search, load: StockLoad, solos: Sequence[Candidate]) -> Iter
 
     Layers or experts are left in RAM where no GPUs hold everything, or, of up to ``EXACT_GPUS``, none that outrun RAM. Where they
     are not, Ollama's smallest batch is looked at too: its compute buffers leave room for layers, and short micro-batches overlap.
-    (Weights in RAM would be copied for each of them.)
+    (Weights in RAM would be copied for each of them, and an embedding model takes no text longer than its batch.)
     """
     for gpus in libraries(search.rig):
         settings = settings_on(search.profile, search.rig, search.request, gpus)
         if search.request.num_batch is None and load.settings.batch > settings.batch:
             settings = replace(settings, batch=load.settings.batch, ubatch=load.settings.ubatch)
         batches = [settings]
-        if search.request.num_batch is None and settings.batch > DEFAULT_BATCH:
+        if search.request.num_batch is None and not search.request.embedding and settings.batch > DEFAULT_BATCH:
             batches.append(replace(settings, batch=DEFAULT_BATCH, ubatch=DEFAULT_BATCH))
         full = [split for batch in batches for split in search.splits(gpus, batch, full=True)]
         yield from full

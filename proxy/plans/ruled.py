@@ -11,7 +11,7 @@ from typing import Any
 
 from planner.frontier import fitted_context
 from planner.hardware import Rig
-from planner.plan import Plan, Planner
+from planner.plan import Plan, Planner, revert
 from planner.request import PlanRequest
 from proxy.config.rulefile import RuleFile
 from proxy.config.rules import Rule, matches
@@ -103,6 +103,8 @@ class RuledPlans:
         if by_options and gives_way and (gpu := beside_others(plan)) is not None:
             load = replace(load, request=replace(load.request, gpu=gpu, gpu_reason=BESIDE))
             return await self.on(load, there(evicted=evicted), loaded=loaded)
+        if by_options and load.facts.is_embedding and not evicts(plan, plan.stock):
+            return revert(plan, plan.chosen_by_options, BESIDE)
         if any(held.stays for held in others) and makes_room(load.facts.profile, there(evicted=True), plan.request):
             # with the others gone that is still too little for Ollama: it unloads these too
             going = [replace(held, stays=False) for held in others]

@@ -305,6 +305,12 @@ def test_what_is_no_count_to_llama_cpp_is_none_here(value: Scalar | tuple[Scalar
     assert make_plan(wrong, PAIR, PlanRequest(num_ctx=4096)).chosen == make_plan(profile, PAIR, PlanRequest(num_ctx=4096)).chosen
 
 
+def test_an_embedding_model_keeps_its_batch() -> None:
+    """It takes no text that is longer."""
+    plan = make_plan(models.header("llama3.1-8b-q4km"), PAIR, PlanRequest(num_ctx=114688, embedding=True))
+    assert {candidate.settings.batch for candidate in (plan.stock, *plan.alternatives, *plan.rejected)} == {2048}
+
+
 def test_a_small_embedding_model_leaves_the_fast_card_to_others() -> None:
     """The slow card by its data or by what was measured; not where cards are alike, for a model that chats, or a large one."""
     small = models.small(n_layers=12)

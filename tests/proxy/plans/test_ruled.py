@@ -25,10 +25,11 @@ from tests.servers import serve
 RIG = StaticSource.from_arguments(("RTX 5090:31500MiB", "RTX 3090:23700MiB")).rig()
 CHAT, OTHER, LESSER, SMALL, EMBED = "qwen2.5:32b", "phi4:14b", "gemma2:27b", "qwen3:0.6b", "all-minilm:22m"
 MODELS = [model for model in demo_models() if model.name in {CHAT, OTHER, LESSER, SMALL, EMBED}]
-LARGE_EMBED = "embed:14b"
-PHI = next(model.profile for model in MODELS if model.name == OTHER)
-POOLED = replace(PHI, metadata={**PHI.metadata, f"{PHI.architecture}.pooling_type": 3})
-MODELS.append(build_model(LARGE_EMBED, POOLED, capabilities=("embedding",)))
+LARGE_EMBED, LONG_EMBED = "embed:14b", "embed:8b"
+for name, pooled in ((LARGE_EMBED, OTHER), (LONG_EMBED, "llama3.1:8b")):
+    profile = next(model.profile for model in demo_models() if model.name == pooled)
+    profile = replace(profile, metadata={**profile.metadata, f"{profile.architecture}.pooling_type": 3})
+    MODELS.append(build_model(name, profile, capabilities=("embedding",)))
 CHAT_CTX = {"num_ctx": 4096, "num_predict": 1}
 HEADER = "x-lopsided-plan"
 
@@ -75,11 +76,11 @@ def stage(tmp_path, monkeypatch):
     monkeypatch.setattr(rulefile, "LOOK_S", 0.05)
 
     @contextmanager
-    def open_stage(rules="", *, source=None, parallel=1, **settings):
+    def open_stage(rules="", *, rig=RIG, source=None, parallel=1, **settings):
         file = tmp_path / "lopsided.toml"
         file.write_text(rules)
         monkeypatch.setenv("LOPSIDED_CONFIG", str(file))
-        simulator = Simulator(RIG, MODELS, environment=Environment(keep_alive_s=60, num_parallel=parallel))
+        simulator = Simulator(rig, MODELS, environment=Environment(keep_alive_s=60, num_parallel=parallel))
         with serve(create_app(simulator)) as ollama, proxy_before(ollama, source=source or simulator, **settings) as url:
             it = Stage(simulator, url, file)
             with it.client:
@@ -325,6 +326,17 @@ def test_a_large_embedding_model_goes_where_nobody_is_unloaded_for_it(stage):
             it.ask(LARGE_EMBED, path="/api/embed", num_ctx=16384)
         assert (it.cards(LESSER), it.cards(LARGE_EMBED)) == ((0,), (1,))
         assert (it.count("load"), it.count("evict")) == (2, 0)
+
+
+def test_an_embedding_model_stays_as_stock_has_it_where_any_better_place_costs_another_model(stage):
+    # shows: it fits the slow card, but not 80 % of it: Ollama would unload the chat model; it splits it over what all have left
+    with stage(rig=StaticSource.from_arguments(("RTX 5090", "RTX 3090", "RTX 3060 12GB")).rig()) as it:
+        for _ in range(2):
+            it.ask(CHAT, num_ctx=4096)
+            told = it.ask(LONG_EMBED, path="/api/embed", num_ctx=114688)
+        assert it.cards(CHAT) == (0,)
+        assert (it.count("load"), it.count("evict")) == (2, 0)
+        assert told.startswith("stock; auto")
 
 
 def test_a_group_is_placed_so_that_all_of_it_has_room(stage):
