@@ -328,12 +328,13 @@ def demo(once: bool, era: Era, as_json: bool) -> None:
         if once or as_json:
             return
         stage.simulator.scheduler.time_scale = 1.0
-        body = json.dumps({"model": PAIR.cases[0].model, "prompt": "Hello"})
+        case = PAIR.cases[1]  # one that lopsided places otherwise than stock
+        body = json.dumps({"model": case.model, "prompt": "Hello", "options": {"num_ctx": case.num_ctx}})
         click.echo(
             f"\nStill running, now at the simulated speed. Point a client at lopsided, or at the simulated Ollama to compare:\n"
             f"  lopsided          {stage.proxy_url}\n"
             f"  simulated Ollama  {stage.ollama_url}\n"
-            f"  curl {stage.proxy_url}/api/generate -d '{body}'\n"
+            f"  curl -i {stage.proxy_url}/api/generate -d '{body}'\n"
             "Ctrl-C ends it."
         )
         with suppress(KeyboardInterrupt):

@@ -110,7 +110,10 @@ def test_it_stays_for_a_client_until_it_is_interrupted():
         assert generated.status_code == 200
         assert generated.json()["eval_count"] > 0
         assert "x-lopsided-plan" in generated.headers
-        assert json.loads(re.search(r"-d '(.*)'", printed)[1])["model"] == CASES[0].model
+        offered = json.loads(re.search(r"-d '(.*)'", printed)[1])
+        asked = {"model": offered["model"], **offered["options"]}
+        planned = httpx.get(f"{url}/lopsided/plan", params=asked, timeout=ANSWER_S).json()
+        assert planned["plan"]["layers"] != planned["stock"]["layers"]  # else the client sees stock's own placement
         code, rest = interrupted(process)
     assert code == 0
     assert "Traceback" not in rest
