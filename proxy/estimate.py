@@ -16,6 +16,7 @@ from planner.memory import DeviceMemory, estimate_memory
 from planner.placement import Placement, contiguous
 from planner.profile import ModelProfile
 from planner.quantization import CACHE_TYPE_NAMES
+from planner.request import RUNTIME_BYTES
 from planner.settings import LoadSettings
 from planner.units import MIB
 from proxy.errors import fitting_together
@@ -30,6 +31,8 @@ PARTS: Mapping[str, str] = {
     "total_mib": "total",
 }
 """JSON keys of a device's parts, and what the table calls them."""
+
+PLANS_MIB = RUNTIME_BYTES // MIB
 
 
 def placement_of(n_layers: int, split: tuple[int, ...], *, cpu_experts: int = 0) -> Placement:
@@ -126,7 +129,10 @@ _CACHE_TYPE = click.Choice(CACHE_TYPE_NAMES, case_sensitive=False)
     "--outputs", type=_TOKENS, help="Tokens with logits in a micro-batch: llama-server reserves 1 a sequence. [default: all]"
 )
 @click.option(
-    "--runtime-mib", default=0, type=Count(min=0), help="CUDA context and workspaces of each GPU. [default: 0; plans: 527]"
+    "--runtime-mib",
+    default=0,
+    type=Count(min=0),
+    help=f"CUDA context and workspaces of each GPU. [default: 0; plans: {PLANS_MIB}]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def estimate_command(
@@ -169,3 +175,5 @@ def estimate_command(
         click.echo(json.dumps(value, indent=2))
     else:
         Console(soft_wrap=True).print(estimate_table(value))
+        if not runtime_mib:
+            click.echo(f"CUDA's own context on each GPU is not counted; lopsided plan counts it: --runtime-mib {PLANS_MIB}")

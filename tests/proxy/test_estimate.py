@@ -78,3 +78,13 @@ def test_the_table_shows_the_same_figures() -> None:
     """Without --json the same MiB stand in a table, whole."""
     output = CliRunner().invoke(estimate_command, [str(LLAMA), "--ctx", "4096", "--split", "41,40"]).output
     assert [word for word in ("21274", "656", "21058", "624", "host") if word not in output] == []
+
+
+def test_the_table_says_when_the_cuda_context_is_not_counted() -> None:
+    """Else its totals look smaller than those of `lopsided plan`; JSON stays JSON."""
+    said = "CUDA's own context on each GPU is not counted"
+    assert said in CliRunner().invoke(estimate_command, [str(LLAMA)]).output
+    assert all(
+        said not in CliRunner().invoke(estimate_command, [str(LLAMA), *more]).output
+        for more in (["--runtime-mib", "527"], ["--json"])
+    )
