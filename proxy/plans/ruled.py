@@ -103,7 +103,7 @@ class RuledPlans:
         if by_options and gives_way and (gpu := beside_others(plan)) is not None:
             load = replace(load, request=replace(load.request, gpu=gpu, gpu_reason=BESIDE))
             return await self.on(load, there(evicted=evicted), loaded=loaded)
-        if by_options and load.facts.is_embedding and not evicts(plan, plan.stock):
+        if by_options and load.facts.is_embedding and plan.stock.fits and not evicts(plan, plan.stock):
             return revert(plan, plan.chosen_by_options, BESIDE)
         if any(held.stays for held in others) and makes_room(load.facts.profile, there(evicted=True), plan.request):
             # with the others gone that is still too little for Ollama: it unloads these too

@@ -339,6 +339,15 @@ def test_an_embedding_model_stays_as_stock_has_it_where_any_better_place_costs_a
         assert told.startswith("stock; auto")
 
 
+def test_an_embedding_model_is_not_left_where_stock_would_run_out_of_memory(stage):
+    # shows: beside these two stock's split overruns the fast card by a little
+    with stage() as it:
+        it.ask(LESSER, num_ctx=4096)
+        it.ask(SMALL, num_ctx=16384)
+        it.ask(LONG_EMBED, path="/api/embed", num_ctx=131072)
+        assert it.count("out of memory") == 0
+
+
 def test_a_group_is_placed_so_that_all_of_it_has_room(stage):
     # shows: without the rule phi4 takes the fast card, on which the larger model then does not fit beside it
     group = f'keep_together = ["{CHAT}", "{OTHER}"]\n[models."{CHAT}"]\ncontext = 4096'
