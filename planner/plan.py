@@ -17,7 +17,7 @@ from planner.reasons import boost_reason, reasons
 from planner.request import Candidate, Era, PlanRequest
 from planner.search import Search
 from planner.speed import gpu_rates
-from planner.stock import DEFAULT_BATCH, StockLoad, libraries, on_rig, settings_on, stock_load
+from planner.stock import DEFAULT_BATCH, StockLoad, libraries, main_gpu_of, on_rig, settings_on, stock_load
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class Plan:
     """The answer.
 
     * ``chosen``: the best of all, which needs the launcher to deliver. ``chosen_by_options``: the best that request options can
-      deliver: ``stock``, a GPU alone (``main_gpu``), or every layer on the GPUs (``num_gpu``).
+      deliver: ``stock``, a GPU alone (``main_gpu``, where that can say which), or every layer on the GPUs (``num_gpu``).
     * ``stock``: what Ollama of ``request.era`` does.
     * ``reverted``: why stock is taken although something was predicted to be faster; empty where nothing was taken back.
     * ``alternatives``: all candidates that fit, the best first. ``rejected``: those that do not fit.
@@ -87,8 +87,9 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
         request = replace(request, gpu=slow, gpu_reason="a small embedding model leaves the fast card to others")
     stock, load = _stock(search, request.era)
     solos = search.solos(load.settings.batch)
-    by_options = [*solos, *_all_layers(search, stock, load)]
-    seen = list(_without(stock, [*by_options, *_splits(search, load, solos)]))
+    told = [solo for solo in solos if _can_be_told(solo, rig)]
+    by_options = [*told, *_all_layers(search, stock, load)]
+    seen = list(_without(stock, [*solos, *by_options, *_splits(search, load, solos)]))
     held = [search.holds(candidate) for candidate in seen]
     rejected = tuple(candidate for candidate, holds in zip(seen, held, strict=True) if not holds)
     fitting = ranked(compress(seen, held), request.objective)
@@ -100,7 +101,8 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
         said = "all on" if named else "does not fit alone on"
         first = (f"{said} {gpu_names(rig.gpus)[request.gpu]}: {request.gpu_reason}",)
     if named:
-        chosen = chosen_by_options = named
+        chosen = named
+        chosen_by_options = named if _can_be_told(named, rig) else stock
     elif request.boost is not None and rig.gpus:
         boosted, why = _boosted(search, request.boost)
         first = (*first, *why)
@@ -108,7 +110,7 @@ def make_plan(profile: ModelProfile, rig: Rig, request: PlanRequest) -> Plan:
         chosen = boosted if holds else stock
         if not holds:  # the search's own layouts of that name have other reserves
             rejected = (*(candidate for candidate in rejected if candidate.label != boosted.label), boosted)
-        chosen_by_options = chosen if chosen.placement.kind == "solo" else stock
+        chosen_by_options = chosen if _can_be_told(chosen, rig) else stock
     else:
         chosen = choose(fitting, stock, request.objective)
         chosen_by_options = choose(deliverable, stock, request.objective)
@@ -146,6 +148,11 @@ def _on_named_gpu(request: PlanRequest, candidates: Iterable[Candidate]) -> Cand
     """The first of ``candidates`` that is alone on the GPU that the request names, and fits there."""
     alone = (found for found in candidates if found.placement.kind == "solo" and found.fits)
     return next((found for found in alone if found.placement.order == (request.gpu,)), None)
+
+
+def _can_be_told(candidate: Candidate, rig: Rig) -> bool:
+    """Whether ``candidate`` is on one GPU, and ``main_gpu`` can say which."""
+    return candidate.placement.kind == "solo" and main_gpu_of(rig, candidate.placement.order[0]) is not None
 
 
 def _without(stock: Candidate, candidates: Sequence[Candidate]) -> Iterator[Candidate]:

@@ -7,7 +7,7 @@ with the most of it), else all GPUs of one library; llama.cpp's ``--fit`` splits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from planner.autofit import FIT_MARGIN_BYTES, Fit, auto_fit, split_by_memory
@@ -159,21 +159,33 @@ def select_gpus(profile: ModelProfile, rig: Rig, request: PlanRequest) -> tuple[
     groups = libraries(rig)
     if len(rig.gpus) <= 1:
         return tuple(range(len(rig.gpus))), request.main_gpu is not None
-    available = [available_bytes(rig, (i,)) for i in range(len(rig.gpus))]
-
-    def rank(i: int) -> tuple[bool, int, int]:
-        return (not rig.gpus[i].integrated, available[i], -i)
-
     if request.main_gpu is not None:
-        named = [group[request.main_gpu] for group in groups if 0 <= request.main_gpu < len(group)]
-        return ((max(named, key=rank),), True) if named else (_best_group(rig, groups), False)
+        named = _first_called(rig, request.main_gpu)
+        return (_best_group(rig, groups), False) if named is None else ((named,), True)
     if not request.spread:
         settings = effective_settings(profile, rig, request)
         predicted = predict_server_vram(profile, settings.total_ctx)
-        holding = [i for group in groups for i in group if predicted <= available[i] * SOLO_PERCENT // 100]
+        holding = [i for i in range(len(rig.gpus)) if predicted <= available_bytes(rig, (i,)) * SOLO_PERCENT // 100]
         if predicted and holding:
-            return (max(holding, key=rank),), True
+            return (max(holding, key=_rank(rig)),), True
     return _best_group(rig, groups), False
+
+
+def main_gpu_of(rig: Rig, gpu: int) -> int | None:
+    """The ``main_gpu`` that means ``gpu``: its place in its library; ``None`` where Ollama takes another library's for it."""
+    place = next(group.index(gpu) for group in libraries(rig) if gpu in group)
+    return place if _first_called(rig, place) == gpu else None
+
+
+def _first_called(rig: Rig, main_gpu: int) -> int | None:
+    """The GPU that Ollama takes for ``main_gpu``: of those in that place of a library the one that it would choose by itself."""
+    called = [group[main_gpu] for group in libraries(rig) if 0 <= main_gpu < len(group)]
+    return max(called, key=_rank(rig), default=None)
+
+
+def _rank(rig: Rig) -> Callable[[int], tuple[bool, int, int]]:
+    """By what Ollama chooses one of several GPUs: the discrete one with the most free memory."""
+    return lambda gpu: (not rig.gpus[gpu].integrated, available_bytes(rig, (gpu,)), -gpu)
 
 
 def libraries(rig: Rig) -> list[tuple[int, ...]]:

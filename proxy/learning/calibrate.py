@@ -20,6 +20,7 @@ from planner.hardware import Rig
 from planner.plan import Plan, make_plan
 from planner.request import Candidate, Era
 from planner.speed import gpu_rates
+from planner.stock import main_gpu_of
 from proxy.config.settings import Settings
 from proxy.errors import LopsidedError, ModelError, UpstreamError
 from proxy.gpus import GpuSource
@@ -30,7 +31,7 @@ from proxy.learning.verify import misplaced
 from proxy.models.catalog import Catalog, ModelFacts
 from proxy.ollama.answers import Counters, Tail
 from proxy.ollama.client import Ollama
-from proxy.ollama.options import device_names, keeps_fit_margin, library_index, placement_text
+from proxy.ollama.options import device_names, keeps_fit_margin, placement_text
 from proxy.planjson import rates_json
 from proxy.plans.loading import plan_request, without_companions
 
@@ -95,13 +96,15 @@ class Report:
 
 
 def solo_trials(plan: Plan, *, num_ctx: int) -> Iterator[Trial]:
-    """The model on each GPU that holds it alone."""
+    """The model on each GPU that holds it alone and that ``main_gpu`` can name."""
     names = device_names(plan.rig)
     for candidate in sorted((plan.stock, *plan.alternatives), key=lambda one: one.placement.order):
         if candidate.placement.kind != "solo" or not candidate.fits:
             continue
         (gpu,) = candidate.placement.order
-        options = {"num_ctx": num_ctx, "num_batch": candidate.settings.batch, "main_gpu": library_index(plan.rig, gpu)}
+        if (main_gpu := main_gpu_of(plan.rig, gpu)) is None:
+            continue
+        options = {"num_ctx": num_ctx, "num_batch": candidate.settings.batch, "main_gpu": main_gpu}
         if not keeps_fit_margin(candidate, plan.rig):
             options["num_gpu"] = sum(candidate.placement.shares)
         yield Trial(label=f"{names[gpu]} alone", plan=plan, candidate=candidate, options=options)

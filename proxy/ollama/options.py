@@ -14,6 +14,7 @@ from planner.hardware import Rig
 from planner.placement import Placement
 from planner.plan import Plan
 from planner.request import Candidate, Era
+from planner.stock import main_gpu_of
 from planner.units import MIB
 
 FIT_SLACK_BYTES = 256 * MIB
@@ -94,16 +95,15 @@ def deliver(plan: Plan, era: Era, *, tensor_split: bool, explicit: bool = False)
 
     ``plan.chosen_by_options`` is what a stock Ollama can be told. Where nothing of that is better than stock, a split still
     goes out as ``tensor_split``, for forks that know it, where that can say it (``_tensor_split_says``).
-    ``explicit``: stock's own placement is said too.
+    ``explicit``: stock's own placement is said too, if it is one GPU that ``main_gpu`` can name.
     """
     how = "auto" if plan.request.boost is None else f"boost {plan.request.boost:g}"
     told = plan.chosen_by_options
     if era == "runner":
         return _deliver_layers(plan, how)
-    if explicit or not plan.unchanged_by_options:
-        options: dict[str, int | str] = {}
-        if len(told.placement.order) == 1:
-            options["main_gpu"] = library_index(plan.rig, told.placement.order[0])
+    main_gpu = main_gpu_of(plan.rig, told.placement.order[0]) if len(told.placement.order) == 1 else None
+    if (explicit and main_gpu is not None) or not plan.unchanged_by_options:
+        options: dict[str, int | str] = {} if main_gpu is None else {"main_gpu": main_gpu}
         if told.placement.kind != "solo" or not keeps_fit_margin(told, plan.rig):
             options["num_gpu"] = sum(told.placement.shares)
         return _delivery(f"{placement_text(told.placement, plan.rig)}; {how}", options)
@@ -161,7 +161,7 @@ def keeps_fit_margin(solo: Candidate, rig: Rig) -> bool:
 
 
 def library_index(rig: Rig, gpu: int) -> int:
-    """What ``main_gpu`` calls the rig's GPU ``gpu``: its place among those of its library."""
+    """The number of the rig's GPU ``gpu`` in its library."""
     library = rig.gpus[gpu].library
     return sum(other.library == library for other in rig.gpus[:gpu])
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from planner.hardware import Rig, gpu_names
 from planner.plan import Plan
 from planner.request import Candidate, PlanRequest
+from planner.stock import main_gpu_of
 from planner.units import GIB
 from proxy.config.rules import Rule, find_gpus
 from proxy.plans.loading import freed, makes_room
@@ -68,8 +69,9 @@ def alone(plan: Plan) -> list[Candidate]:
 
 
 def beside_others(plan: Plan) -> int | None:
-    """The GPU of the fastest placement on one GPU for which Ollama evicts nobody; ``None`` where there is none."""
-    return next((found.placement.order[0] for found in alone(plan) if not evicts(plan, found)), None)
+    """The GPU of the fastest placement that ``main_gpu`` can say and for which Ollama evicts nobody; ``None``: there is none."""
+    quiet = (found.placement.order[0] for found in alone(plan) if not evicts(plan, found))
+    return next((gpu for gpu in quiet if main_gpu_of(plan.rig, gpu) is not None), None)
 
 
 def ruled(request: PlanRequest, rig: Rig, rule: Rule) -> PlanRequest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -309,6 +309,20 @@ def test_an_embedding_model_keeps_its_batch() -> None:
     """It takes no text that is longer."""
     plan = make_plan(models.header("llama3.1-8b-q4km"), PAIR, PlanRequest(num_ctx=114688, embedding=True))
     assert {candidate.settings.batch for candidate in (plan.stock, *plan.alternatives, *plan.rejected)} == {2048}
+
+
+@pytest.mark.parametrize("wish", [{}, {"gpu": 0, "gpu_reason": "a rule says so"}, {"boost": 1.75}], ids=["auto", "rule", "boost"])
+def test_options_do_not_ask_for_a_card_that_main_gpu_cannot_say(wish: dict[str, Any]) -> None:
+    """``main_gpu: 0`` is the other library's first card, which has more free memory; where all are of one, it is the fast one."""
+    model, request = models.header("llama3.1-8b-q4km"), PlanRequest(num_ctx=8192, **wish)
+    fast, spare = gpu("fast", 14_000, sm_count=160), gpu("spare", 16_000, gb_per_s=300)
+    plans = [
+        make_plan(model, rig(fast, spare, gpu("slow", 20_000, gb_per_s=200, library=library)), request)
+        for library in ("CUDA", "Vulkan")
+    ]
+    assert [plan.chosen.placement.order for plan in plans] == [(0,), (0,)]
+    assert [plan.unchanged_by_options for plan in plans] == [False, wish != {}]
+    assert [plan.chosen_by_options.placement.order for plan in plans] == [(0,), (2,) if wish else (1,)]
 
 
 def test_a_small_embedding_model_leaves_the_fast_card_to_others() -> None:

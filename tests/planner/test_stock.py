@@ -26,6 +26,7 @@ from planner.stock import (
     automatic_batch,
     default_num_ctx,
     effective_settings,
+    main_gpu_of,
     predict_server_vram,
     select_gpus,
     settings_on,
@@ -222,6 +223,17 @@ def test_discrete_gpus_come_before_integrated_ones_and_libraries_do_not_mix() ->
     assert select_gpus(small, cards, PlanRequest(num_ctx=4096)) == ((0,), True)
     mixed = rig(gpu("a", 24000), gpu("v", 16000, library="Vulkan"), gpu("b", 24000))
     assert select_gpus(large, mixed, PlanRequest(num_ctx=4096)) == ((0, 2), False)
+
+
+def test_main_gpu_says_which_card_where_no_other_library_is_preferred() -> None:
+    """What Ollama makes of it is the card that is meant, or there is none for that card."""
+    cards = rig(gpu("a", 9000), gpu("v", 16000, library="Vulkan"), gpu("b", 24000), gpu("w", 8000, library="Vulkan"))
+    assert [main_gpu_of(cards, index) for index in range(4)] == [None, 0, 1, None]
+    assert [main_gpu_of(rig(gpu("a", 9000), gpu("b", 24000)), index) for index in range(2)] == [0, 1]
+    beside = rig(gpu("integrated", 60000, integrated=True, library="Vulkan"), gpu("card", 9000))
+    assert [main_gpu_of(beside, index) for index in range(2)] == [None, 0]
+    for main_gpu, meant in ((0, 1), (1, 2)):
+        assert select_gpus(models.header("llama3.1-8b-q4km"), cards, PlanRequest(main_gpu=main_gpu)) == ((meant,), True)
 
 
 def test_an_integrated_gpu_has_no_more_than_the_hosts_free_memory() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from planner.hardware import Rig
@@ -94,6 +96,16 @@ def test_the_boost_is_named():
 def test_main_gpu_counts_the_gpus_of_its_library():
     rig = Rig(gpus=(gpu("a", 8, library="ROCm"), gpu("b", 24)))
     assert told(SLOW, FAST, rig=rig) == ("solo CUDA0; auto", {"main_gpu": 0})
+
+
+def test_a_gpu_that_main_gpu_cannot_say_is_none_to_options():
+    # shows: Ollama takes main_gpu 0 for the CUDA card, which has more free memory
+    rig = Rig(gpus=(gpu("v", 8, library="Vulkan"), gpu("c", 24)))
+    plan = make(PROFILE, rig, PlanRequest(), FAST, SLOW)
+    stock_said = replace(plan, chosen=plan.chosen, chosen_by_options=plan.stock)
+    assert deliver(stock_said, "llama-server", tensor_split=True).text == "stock; auto; solo Vulkan0 needs the launcher"
+    there = replace(plan, chosen=plan.chosen, chosen_by_options=plan.chosen, stock=plan.chosen)
+    assert deliver(there, "llama-server", tensor_split=True, explicit=True).options == {}
 
 
 def test_header_is_one_line_of_ascii():
