@@ -53,7 +53,6 @@ wheel: $(STAMP)  ## dist/lopsided-*.whl
 
 bench-gpu: $(STAMP)  ## stock Ollama beside lopsided on this machine's two NVIDIA GPUs (docs/benchmarks.md; ARGS=…)
 	@$(BIN)/python -m benchmarks.gpu.bench --out bench-gpu.jsonl $(ARGS)
-	@$(BIN)/python -m benchmarks.gpu.report bench-gpu.jsonl
 
 bench-proxy: $(STAMP)  ## what the proxy costs beside nginx, the obvious proxy and LiteLLM (QUICK=1: two minutes; docs/performance.md)
 	@$(BIN)/python -m benchmarks.proxy --out .cache/bench-proxy.json $(if $(QUICK),--quick) $(ARGS)

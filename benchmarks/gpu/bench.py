@@ -10,7 +10,8 @@ memory. Cases that are ``equal`` show what becomes of two equal cards: they run 
 makes the cards unequal.
 
 What is most telling runs first: each GPU alone, then every case's stock, automatic plan and sweep, equal cards, and the boost
-algorithm's layouts at last. What stands in ``--out`` is not run again; the rows are read by ``python -m benchmarks.gpu.report``.
+algorithm's layouts at last. What stands in ``--out`` is not run again. The tables are printed at the end, and at any time by
+``python -m benchmarks.gpu.report``.
 Ollama is started on ports of its own, with a store of its own; yours is not touched.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,11 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.measure import complete, pci_ids, run_server, running, settled_mib, used_mib, wait_until_loaded
-from benchmarks.gpu.models import LETTERS, SAMPLING, SHAPES, write
-from benchmarks.gpu.ollama import clean_environment, get, lopsided, make_store, make_tree, post, process, unload
+from benchmarks.gpu.models import LETTERS, SAMPLING, SHAPES, profile, write
+from benchmarks.gpu.ollama import LIBRARY, clean_environment, get, lopsided, make_store, make_tree, post, process, unload
+from benchmarks.gpu.report import report
 from benchmarks.gpu.serverlog import last_load
 from planner.hardware import Gpu
-from planner.units import MIB
+from planner.units import GIB, MIB
 from proxy.errors import GpuError
 from proxy.gpus.nvml import NvmlSource
 from proxy.gpus.static import StaticSource
@@ -514,8 +517,35 @@ def run(bench: Bench) -> None:
                         measure(bench, name, way)
 
 
+def obstacles(args: argparse.Namespace, models: Iterable[str]) -> Iterator[str]:
+    """What is missing here for a run with ``args`` and ``models``, in words."""
+    server = args.ollama.resolve().parent.parent / LIBRARY / "llama-server"
+    if not args.ollama.is_file():
+        yield f"there is no Ollama at {args.ollama}: name its binary by --ollama"
+    elif not server.is_file():
+        yield f"there is no {server}: --ollama needs an installation of Ollama 0.30 or newer, not its binary alone"
+    needed = 1 if args.cards else 2
+    if args.device == "CUDA" and (found := len(pci_ids())) < needed:
+        yield f"NVIDIA's driver shows {found} GPUs, {needed} are needed" + ("" if needed == 1 else " (--cards takes one)")
+    elif args.device == "CUDA" and not args.cards and (args.hold != "0" or not args.as_is):
+        built = all((args.work / tool).exists() for tool in ("fill", "hold.so"))
+        if not built and not shutil.which("nvcc"):
+            yield "there is no nvcc, which --hold and the cases' free memory need (--as-is does without)"
+    if args.cards and not shutil.which("g++"):
+        yield "there is no g++, which --cards needs"
+    missing = [name for name in models if not (args.models / f"{name}.gguf").exists()]
+    if unknown := sorted(set(missing) - SHAPES.keys()):
+        yield f"{args.models} lacks {', '.join(unknown)}, which cannot be written here"
+    needed_bytes = sum(profile(name).file_bytes for name in missing if name in SHAPES)
+    folder = next(folder for folder in (args.models, *args.models.resolve().parents) if folder.exists())
+    if needed_bytes > (free := shutil.disk_usage(folder).free):
+        yield f"the models take {needed_bytes / GIB:.0f} GiB, {free / GIB:.0f} are free in {folder}: name another by --models"
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ollama", type=Path, default=Path("/usr/local/bin/ollama"), help="Ollama's binary, 0.30 or newer")
     parser.add_argument(
         "--models", type=Path, default=Path(".cache/bench-gpu/models"), help="NAME.gguf of each case; written if missing"
@@ -532,9 +562,12 @@ def main() -> int:
     parser.add_argument("--device", default="CUDA", help="what llama-server calls the GPUs, without the number")
     args = parser.parse_args()
     work = args.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
     cases = {name: case for name, case in tomllib.loads(args.cases.read_text()).items() if not args.only or name in args.only}
     models = {name for case in cases.values() for name in (case["model"], case.get("embeds")) if name} | {*args.calibrate}
+    if problems := list(obstacles(args, models)):
+        print(*(f"bench-gpu: {problem}" for problem in problems), sep="\n", file=sys.stderr)
+        return 2
+    work.mkdir(parents=True, exist_ok=True)
     for name in sorted(models & SHAPES.keys()):
         if not (file := args.models / f"{name}.gguf").exists():
             print(f"writing {file}", flush=True)
@@ -560,6 +593,7 @@ def main() -> int:
         held={row["model"]: row["held_sms"] for row in rows if row["held_sms"]},
     )
     run(bench)
+    print(report(args.out, args.cases))
     return 0
 
 

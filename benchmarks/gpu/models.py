@@ -265,14 +265,17 @@ def write(path: Path, name: str) -> None:
         else:
             packed, kind = (*rows, tensor.bytes // prod(rows)), gguf.GGMLQuantizationType[tensor.type.name]
             writer.add_tensor_info(tensor.name, packed, np.dtype(np.uint8), tensor.bytes, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    random = np.random.default_rng(1)
-    for tensor in shape.tensors():
-        writer.write_tensor_data(shape.weights(tensor, random))
-    writer.close()
-    part.rename(path)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        random = np.random.default_rng(1)
+        for tensor in shape.tensors():
+            writer.write_tensor_data(shape.weights(tensor, random))
+        writer.close()
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
     print("wrote", path, flush=True)
 
 

@@ -104,8 +104,16 @@ def understood(row: dict[str, Any]) -> Load:
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file; the model of embeddings that a row's load found there is one of its own, before it."""
-    for row in map(json.loads, path.read_text().splitlines()):
+    """The rows of a file; the model of embeddings that a row's load found there is one of its own, before it.
+
+    Raises ``ValueError`` for a line that is none.
+    """
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            row["case"], row["way"], row["model"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}:{number} is no row of benchmarks.gpu.bench") from None
         if embedding := row.pop("embedding", None):
             stayed = any(loaded["name"].split(":")[0] == embedding["model"] for loaded in row.get("loaded", ()))
             way = f"{row['way']}: embedding" + ("" if stayed else ", then unloaded")
@@ -206,10 +214,10 @@ def verdicts(cases: dict[str, list[Load]], failed: list[dict[str, Any]], learned
     yield _predictions(loads, learned)
     yield _bytes("buffers as llama-server prints them", [(load, pair) for load in loads for pair in load.parts])
     yield _bytes("memory in use by NVML", [(load, pair) for load in loads for pair in load.used])
-    ours = [row for row in failed if not row["way"].startswith(("sweep", "stock"))]
-    ours += [load.row for load in loads if load.row.get("out_of_memory") and load.row["way"] != "stock"]
-    said = ", ".join(f"{row['case']} {row['way']}" for row in ours)
-    yield f"| no load behind lopsided failed, for memory or otherwise | {said or 'none did'} | {_kept([not ours])} |"
+    behind = [row for row in (*failed, *(load.row for load in loads)) if not row["way"].startswith(("sweep", "stock"))]
+    ours = [row for row in behind if row in failed or row.get("out_of_memory")]
+    said = ", ".join(f"{row['case']} {row['way']}" for row in ours) or ("none did" if behind else "not run")
+    yield f"| no load behind lopsided failed, for memory or otherwise | {said} | {_kept([row not in ours for row in behind])} |"
     fits = sorted(load.row["fit_s"] for load in loads if load.row.get("fit_s"))
     plans = sorted(seconds for load in loads for seconds in load.row.get("plan_s", ()))
     if fits and plans:
@@ -257,8 +265,8 @@ def _bytes(what: str, found: list[tuple[Load, tuple[float, float]]]) -> str:
     """Measured and predicted MiB of every device."""
     errors = [(abs(is_ - was), abs(is_ / was - 1), f"{load.row['case']} {load.row['way']}") for load, (was, is_) in found if was]
     fine = [mib <= 128 or part <= 0.02 for mib, part, _ in errors]
-    mib, part, where = max(errors, default=(0.0, 0.0, "not run"))
-    said = f"{sum(fine)} of {len(fine)}; worst {mib:.0f} MiB ({part:.1%}), {where}"
+    said = "; worst {:.0f} MiB ({:.1%}), {}".format(*max(errors)) if errors else ""
+    said = f"{sum(fine)} of {len(fine)}{said}"
     return f"| {what}, within 2 % or 128 MiB | {said} | {_kept(fine)} |"
 
 
@@ -270,27 +278,39 @@ def _worst(errors: list[tuple[float, str]]) -> str:
     return "; worst {:.1%} ({})".format(*max(errors)) if errors else ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--cases", type=Path, default=Path(__file__).parent / "cases.toml")
-    args = parser.parse_args()
-    titles = {name: case["title"] for name, case in tomllib.loads(args.cases.read_text()).items()}
-    cases: dict[str, list[Load]] = {}
+def report(rows: Path, cases: Path) -> str:
+    """The tables in Markdown. Raises ``OSError``, and ``ValueError`` for a line that is no row."""
+    titles = {name: case["title"] for name, case in tomllib.loads(cases.read_text()).items()}
+    found: dict[str, list[Load]] = {}
     failed: dict[str, list[dict[str, Any]]] = {}
-    for row in rows_of(args.rows):
+    lines = []
+    for row in rows_of(rows):
         if "error" in row or "prefill" not in row:
             failed.setdefault(row["case"], []).append(row)
             continue
         try:
-            cases.setdefault(row["case"], []).append(understood(row))
+            found.setdefault(row["case"], []).append(understood(row))
         except (ValueError, KeyError, IndexError) as error:
-            print(f"<!-- {row['case']} {row['way']}: {error!r} -->")
-    learned = calibrations(load for loads in cases.values() for load in loads)
-    print("\n".join(verdicts(cases, [row for rows in failed.values() for row in rows], learned)))
+            lines.append(f"<!-- {row['case']} {row['way']}: {error!r} -->")
+    learned = calibrations(load for loads in found.values() for load in loads)
+    lines += verdicts(found, [row for rows in failed.values() for row in rows], learned)
     for name, title in titles.items():
-        if name in cases or name in failed:
-            print("\n".join(table(f"{name}: {title}", cases.get(name, []), failed.get(name, []), learned)))
+        if name in found or name in failed:
+            lines += table(f"{name}: {title}", found.get(name, []), failed.get(name, []), learned)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--cases", type=Path, default=Path(__file__).parent / "cases.toml")
+    args = parser.parse_args()
+    try:
+        print(report(args.rows, args.cases))
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu import bench, measure, models
 from benchmarks.gpu.models import HEAD, SCALE, SHAPES, Encoder, profile
 from benchmarks.gpu.ollama import make_store
-from benchmarks.gpu.report import Load, calibrations, medians, rows_of, understood, verdicts
+from benchmarks.gpu.report import Load, calibrations, medians, report, rows_of, understood, verdicts
 from benchmarks.gpu.serverlog import last_load, placement_of
 from planner.memory import estimate_memory
 from planner.placement import Placement, solo
@@ -26,6 +26,7 @@ from proxy.models.gguf import is_embedding, read_profile
 LOG = (Path(__file__).parents[1] / "data" / "recordings" / "llama-server-two-gpus.log").read_text()
 LOADS = LOG.split('msg="starting llama-server"')[1:]
 SETTINGS = LoadSettings(num_ctx=4096, batch=512, ubatch=512)
+CASES = Path(bench.__file__).parent / "cases.toml"
 PCI_IDS = ("0000:00:06.0", "0000:00:07.0")
 
 
@@ -146,6 +147,38 @@ def test_what_differs_from_load_to_load_is_loaded_again(tmp_path: Path) -> None:
     ]
     (one,) = medians(loads)
     assert (one.row["decode"], one.row["loads"]) == (4.5, 2)
+
+
+def test_what_is_missing_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Ollama, one GPU of two, no compiler, too small a disk, and a model that nobody has."""
+    monkeypatch.setattr(bench, "pci_ids", lambda: ("0000:01:00.0",))
+    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    ollama = tmp_path / "ollama/bin/ollama"
+    args = SimpleNamespace(ollama=ollama, models=tmp_path, work=tmp_path, device="CUDA", hold="auto", cards=0.0, as_is=False)
+    assert [problem.split(" ")[:3] for problem in bench.obstacles(args, ["8b", "mine"])] == [
+        ["there", "is", "no"],
+        ["NVIDIA's", "driver", "shows"],
+        [str(tmp_path), "lacks", "mine,"],
+        ["the", "models", "take"],
+    ]
+    (tmp_path / "ollama/lib/ollama").mkdir(parents=True)
+    for file in (ollama, tmp_path / "ollama/lib/ollama/llama-server", tmp_path / "8b.gguf"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    monkeypatch.setattr(bench, "pci_ids", lambda: PCI_IDS)
+    assert ["nvcc" in problem for problem in bench.obstacles(args, ["8b"])] == [True]
+    args.as_is, args.hold = True, "0"
+    assert list(bench.obstacles(args, ["8b"])) == []
+
+
+def test_a_report_of_nothing_keeps_no_promise_and_one_of_nonsense_says_where(tmp_path: Path) -> None:
+    """A cut line is named."""
+    (rows := tmp_path / "rows").write_text("")
+    assert "| yes |" not in report(rows, CASES)
+    rows.write_text('{"case": "fits", "way": "auto", "model": "8b"}\n{"case": "fi')
+    with pytest.raises(ValueError, match="rows:2 is no row"):
+        report(rows, CASES)
 
 
 def test_gpus_must_have_been_at_rest_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
