@@ -98,14 +98,19 @@ class Loads:
         if isinstance(response, httpx.Response):
             status = response.status_code
             load.answered = status < 400 and out.as_planned
-            if status == 500 and out.as_planned and load.decision.delivery.places:
-                seen = await self._forwarder.peek(response, TEXT_LIMIT_BYTES)
-                again = await self._placed_anew_for_memory(load, seen)
-            elif status == 404 and out.alias:
-                seen = await self._forwarder.peek(response, TEXT_LIMIT_BYTES)
-                again = self._lost_derived_model(load, out.alias, seen)
+            unwanted = True  # for good where the client leaves meanwhile
+            try:
+                if status == 500 and out.as_planned and load.decision.delivery.places:
+                    seen = await self._forwarder.peek(response, TEXT_LIMIT_BYTES)
+                    again = await self._placed_anew_for_memory(load, seen)
+                elif status == 404 and out.alias:
+                    seen = await self._forwarder.peek(response, TEXT_LIMIT_BYTES)
+                    again = self._lost_derived_model(load, out.alias, seen)
+                unwanted = again
+            finally:
+                if unwanted:
+                    await response.aclose()
             if again:
-                await response.aclose()
                 return False
         await self._relay(load, out, request, response, seen, send)
         return True
