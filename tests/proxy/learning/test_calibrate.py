@@ -7,9 +7,13 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from planner.plan import make_plan
+from planner.request import PlanRequest
 from proxy import cli
+from proxy.learning.calibrate import solo_trials
 from proxy.simulator import Simulator, create_app, demo_models
 from proxy.simulator.placement import Environment
+from tests.planner import models
 from tests.proxy.learning.test_calibration import MODEL, RIG, TRUTH, talk
 from tests.servers import serve
 
@@ -81,3 +85,10 @@ def test_stock_cannot_be_measured_under_spread(stage, monkeypatch):
     done, _, _ = stage(MODEL, "--stock")
     assert done.exit_code == 1
     assert "OLLAMA_SCHED_SPREAD" in done.output
+
+
+def test_a_card_that_main_gpu_cannot_name_is_not_tried():
+    cards = models.rig(models.gpu("a", 9000), models.gpu("v", 16_000, library="Vulkan"), models.gpu("b", 24_000))
+    plan = make_plan(models.small(n_layers=4), cards, PlanRequest(num_ctx=4096))
+    trials = {trial.label: trial.options["main_gpu"] for trial in solo_trials(plan, num_ctx=4096)}
+    assert trials == {"Vulkan0 alone": 0, "CUDA1 alone": 1}
