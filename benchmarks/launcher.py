@@ -121,8 +121,8 @@ def process(url: str, *command: str, **environment: str) -> Iterator[None]:
     """Runs Python with ``command`` until the block is left; goes on once ``url`` answers."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LOPSIDED_", "OLLAMA_"))}
     root = str(Path(__file__).parents[1])
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, *command], env={**kept, "PYTHONPATH": root, **environment}, **silent) as started:
+    whole, silent = {**kept, "PYTHONPATH": root, **environment}, subprocess.DEVNULL
+    with subprocess.Popen([sys.executable, *command], env=whole, stdout=silent, stderr=silent) as started:
         try:
             deadline = time.monotonic() + START_S
             while True:

@@ -18,10 +18,9 @@ from pathlib import Path
 from statistics import fmean, median
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(ROOT))
 
-from measure import DATA, write_sparse  # noqa: E402  (both lie beside the package)
-
+from benchmarks.memory.measure import DATA, write_sparse  # noqa: E402
 from planner.stock import predict_server_vram  # noqa: E402
 from planner.units import MIB  # noqa: E402
 from proxy.models.gguf import read_header  # noqa: E402

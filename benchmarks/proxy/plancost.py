@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from unittest.mock import patch
 
 import httpx
 import uvloop
 
 from benchmarks.proxy.contenders import CARDS, Contender, chat_body
-from proxy.app import create_app
+from proxy.app import Proxy, create_app
 from proxy.config.settings import load_settings
 from proxy.gpus.static import StaticSource
 from proxy.wire.asgi import Message
-from proxy.wire.forward import ClientRequest
+from proxy.wire.forward import ClientRequest, Forwarder
 from proxy.wire.replies import Reply
 
 REQUESTS = 500
@@ -31,11 +32,16 @@ async def _measure(port: int) -> float:
     app = create_app(settings, source=StaticSource.from_arguments(CARDS))
     sent: list[bytes] = []
 
-    async def open_(request: ClientRequest, body: bytes | None = None) -> httpx.Response | Reply:
+    async def open_(_: Forwarder, request: ClientRequest, body: bytes | None = None) -> httpx.Response | Reply:
         sent.append(b"".join([part async for part in request.stream()]) if body is None else body)
         return Reply(status=200, body=b"{}")
 
-    app.forwarder.open = open_  # type: ignore[method-assign]
+    with patch.object(Forwarder, "open", open_):
+        return await _plan_cost_us(app, sent)
+
+
+async def _plan_cost_us(app: Proxy, sent: list[bytes]) -> float:
+    """``sent``: the bodies that would have gone to Ollama."""
     body = chat_body(0)
 
     async def ask(path: str) -> None:
@@ -73,5 +79,4 @@ async def _measure(port: int) -> float:
     for _ in range(ROUNDS):
         await ask("/api/chat")
         costs.append(await timed("/api/chat") - await timed("/api/other"))
-    await app.forwarder.aclose()
     return statistics.median(costs) * 1e6
