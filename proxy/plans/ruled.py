@@ -28,6 +28,7 @@ TOLD_KEPT = 64
 """Lines of the log that are remembered, so that each is said once."""
 
 BESIDE = "elsewhere Ollama would unload another model"
+AT_A_COST = "what is faster would have Ollama unload another model"
 TOGETHER = "there it stays loaded together with its group"
 OFF = "a rule switches it off"
 APART = "keep_together: there is no room for the whole group, so each is placed as if there were none"
@@ -104,7 +105,7 @@ class RuledPlans:
             load = replace(load, request=replace(load.request, gpu=gpu, gpu_reason=BESIDE))
             return await self.on(load, there(evicted=evicted), loaded=loaded)
         if by_options and load.facts.is_embedding and plan.stock.fits and not evicts(plan, plan.stock):
-            return revert(plan, plan.chosen_by_options, BESIDE)
+            return revert(plan, plan.chosen_by_options, AT_A_COST)
         if any(held.stays for held in others) and makes_room(load.facts.profile, there(evicted=True), plan.request):
             # with the others gone that is still too little for Ollama: it unloads these too
             going = [replace(held, stays=False) for held in others]
